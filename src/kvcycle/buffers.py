@@ -1,0 +1,203 @@
+"""Slots: the places of an engine's pools that hold device arrays, and the one call that allocates them all anew.
+
+A slot is an (owner, key) pair, not a class: whatever pools an engine has, their arrays are found by walking them and go
+back into the same slots of the same objects. A rebuild therefore cannot differ from what was there.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, Sharding
+
+from kvcycle.errors import UnknownBufferError
+from kvcycle.record import Layout
+
+#: What a pool may hold besides buffers. Everything else is walked, and refused where it hides an array.
+_LEAVES = (
+    str, bytes, int, float, complex, bool, type(None), type, enum.Enum, np.dtype, np.generic, np.ndarray,
+    Mesh, Sharding, jax.sharding.PartitionSpec, jax.Device, range, slice,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType,
+    logging.Logger, threading.Event, type(threading.Lock()), type(threading.RLock()), threading.Thread,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A place that holds one device array: an attribute, a list index or a dict key of ``owner``.
+
+    ``path`` is for people: ``token_to_kv_pool.kv_buffer[3]``.
+    """
+
+    owner: Any
+    key: Any
+    path: str
+
+    def get(self) -> Any:
+        """The array in the slot now."""
+        return self.owner[self.key] if isinstance(self.owner, (list, dict)) else vars(self.owner)[self.key]
+
+    def set(self, array: jax.Array) -> None:
+        """Put ``array`` into the slot."""
+        if isinstance(self.owner, (list, dict)):
+            self.owner[self.key] = array
+        else:
+            # Past any __setattr__ of the pool: what was read from vars() goes back there.
+            vars(self.owner)[self.key] = array
+
+
+@dataclass(frozen=True)
+class BufferSpec:
+    """All that decides whether a compiled forward takes an array without compiling again: not its contents."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    sharding: Sharding
+    committed: bool
+    weak_type: bool
+
+    @classmethod
+    def of(cls, array: jax.Array) -> BufferSpec:
+        """The spec of an array; also of a deleted one, whose shape and sharding survive."""
+        return cls(array.shape, array.dtype, array.sharding, bool(array.committed), bool(array.aval.weak_type))
+
+    @property
+    def layout(self) -> Layout:
+        """The spec as a record writes it."""
+        spec = getattr(self.sharding, "spec", None)
+        mesh = getattr(self.sharding, "mesh", None)
+        # str() of a sharding repeats the whole mesh; its spec and axis sizes say the same and stay readable.
+        where = f"{spec} over {dict(mesh.shape)}" if spec is not None and mesh is not None else str(self.sharding)
+        return Layout(
+            shape=self.shape,
+            dtype=str(self.dtype),
+            sharding=where,
+            memory_kind=str(self.sharding.memory_kind),
+            committed=self.committed,
+            weak_type=self.weak_type,
+        )
+
+
+def find_slots(roots: Mapping[str, Any]) -> list[Slot]:
+    """List the slots below ``roots`` (name → pool object), each array and each container once, in a stable order.
+
+    Raises:
+        UnknownBufferError: an array sits where it could not be replaced in place: in a tuple, a set, an object
+            without a ``__dict__``, or one array in two slots.
+    """
+    slots: list[Slot] = []
+    holders: dict[int, str] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any, path: str, slot: Callable[[], Slot] | None) -> None:
+        if isinstance(value, jax.Array):
+            if slot is None:
+                raise UnknownBufferError(
+                    f"{path} is a device array of {value.shape} in a place that cannot be assigned, so it could not "
+                    "be rebuilt in place; kvcycle does not know this kind of pool."
+                )
+            if (first := holders.get(id(value))) is not None:
+                raise UnknownBufferError(
+                    f"{path} and {first} hold the same device array; rebuilding both would need twice the memory."
+                )
+            holders[id(value)] = path
+            slots.append(slot())
+            return
+        if isinstance(value, _LEAVES) or id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                visit(item, f"{path}[{index}]", lambda index=index: Slot(value, index, f"{path}[{index}]"))
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                visit(item, f"{path}[{key!r}]", lambda key=key: Slot(value, key, f"{path}[{key!r}]"))
+        elif isinstance(value, (tuple, set, frozenset)):
+            for index, item in enumerate(value):
+                visit(item, f"{path}[{index}]", None)
+        elif hasattr(value, "__dict__"):
+            for name, item in vars(value).items():
+                visit(item, f"{path}.{name}", lambda name=name: Slot(value, name, f"{path}.{name}"))
+        else:
+            for leaf in jax.tree_util.tree_leaves(value):
+                if isinstance(leaf, jax.Array):
+                    visit(leaf, f"{path} ({type(value).__name__})", None)
+
+    for name, root in roots.items():
+        visit(root, name, None)
+    return slots
+
+
+def bytes_by_device(arrays: Iterable[jax.Array]) -> dict[int, int]:
+    """Device bytes of the arrays' shards on each local device, by device id.
+
+    A replicated array counts on every device that holds it, which its ``nbytes`` does not. Must be asked before a
+    delete: afterwards the shards cannot be read.
+    """
+    totals: dict[int, int] = {}
+    for array in arrays:
+        for shard in array.addressable_shards:
+            totals[shard.device.id] = totals.get(shard.device.id, 0) + shard.data.on_device_size_in_bytes()
+    return dict(sorted(totals.items()))
+
+
+class ZeroAllocator:
+    """Allocates arrays of zeros for a list of specs in one compiled call, compiled when this is made.
+
+    One call for all layers, because a jitted allocator called per layer costs about twice as much and a fresh jit per
+    layer ten times (measured on CPU, 36 layers, 2.25 GiB); compiled ahead, because the rebuild must not compile.
+    """
+
+    def __init__(self, specs: Sequence[BufferSpec]) -> None:
+        self._specs = list(specs)
+        self._groups = [
+            (indices, self._compile([self._specs[i] for i in indices], committed))
+            for committed in (True, False)
+            if (indices := [i for i, spec in enumerate(self._specs) if spec.committed is committed])
+        ]
+
+    @staticmethod
+    def _compile(specs: Sequence[BufferSpec], committed: bool) -> Callable[[], tuple[jax.Array, ...]]:
+        def zeros() -> tuple[jax.Array, ...]:
+            return tuple(
+                jax.lax.full(spec.shape, 0) if spec.weak_type else jnp.zeros(spec.shape, spec.dtype) for spec in specs
+            )
+
+        # Without out_shardings jit leaves its results uncommitted, as the array in the slot was.
+        shardings = {"out_shardings": tuple(spec.sharding for spec in specs)} if committed else {}
+        return jax.jit(zeros, **shardings).lower().compile()
+
+    def __call__(self) -> list[jax.Array]:
+        """Allocate; returns the arrays in the order of the specs, once they are really there.
+
+        Raises:
+            jax.errors.JaxRuntimeError: the device has not enough memory; nothing stays allocated.
+        """
+        arrays: list[jax.Array | None] = [None] * len(self._specs)
+        for indices, allocate in self._groups:
+            for index, array in zip(indices, allocate(), strict=True):
+                arrays[index] = array
+        ready: list[jax.Array] = jax.block_until_ready(arrays)
+        return ready
+
+
+class ZeroTester:
+    """Tells which arrays hold anything but zeros, in one compiled call, compiled when this is made."""
+
+    def __init__(self, specs: Sequence[BufferSpec]) -> None:
+        abstract = [jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=spec.sharding) for spec in specs]
+        # != 0 is True for NaN as well.
+        self._any_nonzero = jax.jit(lambda *arrays: [jnp.any(array != 0) for array in arrays]).lower(*abstract).compile()
+
+    def __call__(self, arrays: Sequence[jax.Array]) -> list[bool]:
+        """For each array whether any element is not zero."""
+        return [bool(flag) for flag in self._any_nonzero(*arrays)]

@@ -1,0 +1,167 @@
+"""Writes the tiny checkpoint: a real Hugging Face folder (config, tokenizer, seeded weights), no download.
+
+The weights are random but seeded, with an untied head and a scale at which greedy decoding wanders through many token
+ids. Dummy weights, or tied embeddings, repeat one id for ever, and a same-output check on those proves nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BUILTIN_PREFIX = "builtin:"
+
+#: Raised by one whenever the bytes this module writes for the same config change, so that no cache serves old ones.
+_FORMAT = 1
+
+_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+#: Qwen2 with four layers. head_dim is 128 (512 / 4 heads) since sglang-jax's native attention pads the pool to 128
+#: and fails on any other width; two KV heads make tp=4 replicate them, as Qwen2.5-3B does on a v4-8.
+TINY_QWEN2: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+    # Outside the vocabulary's used part, so that greedy decoding never stops early.
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
+
+BUILTIN: dict[str, dict[str, Any]] = {"tiny-qwen2": TINY_QWEN2}
+
+
+def cache_root() -> Path:
+    """The folder for generated checkpoints: ``$KVCYCLE_CACHE``, else ``kvcycle`` in the user's cache folder."""
+    if explicit := os.environ.get("KVCYCLE_CACHE"):
+        return Path(explicit).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "kvcycle"
+
+
+def fingerprint(config: dict[str, Any], seed: int) -> str:
+    """The content address of the checkpoint that ``config`` and ``seed`` give: 16 hex digits of a sha256."""
+    text = json.dumps({"format": _FORMAT, "config": config, "seed": seed}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def ensure_builtin(name: str, *, seed: int = 0, root: Path | None = None) -> Path:
+    """Return the folder of the built-in checkpoint ``name``, writing it on first use.
+
+    Raises:
+        KeyError: there is no built-in checkpoint of that name.
+        OSError: the cache folder cannot be written.
+    """
+    return ensure(name, BUILTIN[name], seed=seed, root=root)
+
+
+def ensure(name: str, config: dict[str, Any], *, seed: int = 0, root: Path | None = None) -> Path:
+    """Return the folder of a checkpoint with this config, writing it atomically if it is not there yet.
+
+    The folder's name carries the content address, so a changed config never meets an old folder, and a writer that
+    dies leaves no half-written checkpoint under the final name.
+    """
+    home = (root or cache_root()) / "checkpoints"
+    target = home / f"{name}-{fingerprint(config, seed)}"
+    if (target / "model.safetensors").is_file():
+        return target.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
+    try:
+        write(staging, config, seed=seed)
+        try:
+            staging.rename(target)
+        except OSError:
+            # Another process finished first: its folder has the same content by construction.
+            if not (target / "model.safetensors").is_file():
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target.resolve()
+
+
+def write(folder: Path, config: dict[str, Any], *, seed: int = 0) -> None:
+    """Write config.json, the tokenizer files and model.safetensors for ``config`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}) + "\n"
+    )
+    _write_tokenizer(folder)
+    _write_weights(folder, config, seed)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE without merges: 256 byte tokens and the chat specials, as a ``Qwen2TokenizerFast``.
+
+    A plain ``PreTrainedTokenizerFast`` does not survive the engine's own loading, so the Qwen2 class is used.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2TokenizerFast
+
+    vocab = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
+    vocab.update({token: len(vocab) + offset for offset, token in enumerate(_SPECIAL_TOKENS)})
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = Qwen2TokenizerFast(vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder)
+
+
+def _write_weights(folder: Path, config: dict[str, Any], seed: int) -> None:
+    from ml_dtypes import bfloat16
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int, std: float) -> np.ndarray:
+        return (rng.standard_normal(shape, dtype=np.float32) * std).astype(bfloat16)
+
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q_width = config["num_attention_heads"] * head_dim
+    kv_width = config["num_key_value_heads"] * head_dim
+    tensors: dict[str, np.ndarray] = {
+        "model.embed_tokens.weight": normal(config["vocab_size"], hidden, std=1.0),
+        "model.norm.weight": np.ones(hidden, dtype=bfloat16),
+        "lm_head.weight": normal(config["vocab_size"], hidden, std=hidden**-0.5),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        # Fan-in scaling keeps every layer's output near unit size, so that attention to the past (what the KV cache
+        # holds) decides the next token and a wrong cache shows in the output.
+        for part, rows, columns in (
+            ("self_attn.q_proj", q_width, hidden),
+            ("self_attn.k_proj", kv_width, hidden),
+            ("self_attn.v_proj", kv_width, hidden),
+            ("self_attn.o_proj", hidden, q_width),
+            ("mlp.gate_proj", intermediate, hidden),
+            ("mlp.up_proj", intermediate, hidden),
+            ("mlp.down_proj", hidden, intermediate),
+        ):
+            tensors[f"{prefix}{part}.weight"] = normal(rows, columns, std=columns**-0.5)
+        for part, width in (("q_proj", q_width), ("k_proj", kv_width), ("v_proj", kv_width)):
+            tensors[f"{prefix}self_attn.{part}.bias"] = normal(width, std=0.02)
+        for part in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{part}.weight"] = np.ones(hidden, dtype=bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,250 @@
+"""The controls: each shows that an oracle can see what it is trusted to see. No zero is believed without one."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+from kvcycle.checks.verdicts import DEVICE_WITNESSES, left_out, scope, tolerance_bytes, unmeasured, use_of
+from kvcycle.record import Outcome, Phase, Record, Verdict, Witness
+from kvcycle.text import exact_bytes, seconds, signed_bytes
+
+
+def _verdict(
+    check: str,
+    place: str,
+    ok: bool,
+    text: str,
+    *,
+    witness: Witness | None = None,
+    expected: int | float | None = None,
+    measured: int | float | None = None,
+    unit: str = "",
+) -> Verdict:
+    # A control never fails: an oracle that cannot see says nothing about the engine.
+    outcome: Outcome = "pass" if ok else "inconclusive"
+    return Verdict(
+        id=check, scope=place, witness=witness, verdict=outcome, expected=expected, measured=measured, unit=unit,
+        message=f"{place}: {text}.",
+    )  # fmt: skip
+
+
+def blindness(record: Record, witness: Witness, device: int | None) -> str | None:
+    """Why a memory verdict of this witness would prove nothing; None if it saw the canary."""
+    for verdict in witness_sees_allocation(record):
+        if verdict.witness == witness and verdict.scope == scope(device=device) and verdict.verdict == "pass":
+            return None
+    return f"the {witness} did not see an allocation of known size (controls.witness_sees_allocation)"
+
+
+def witness_sees_allocation(record: Record) -> Iterator[Verdict]:
+    """Every witness saw a known allocation rise and fall, on its device."""
+    check = "controls.witness_sees_allocation"
+    if not record.canaries:
+        yield unmeasured(check, "run", "no allocation of known size was made")
+    for canary in record.canaries:
+        tolerance = tolerance_bytes(record, canary.witness, canary.allocated_bytes)
+        ok = all(abs(seen - canary.allocated_bytes) <= tolerance for seen in (canary.rise_bytes, canary.fall_bytes))
+        yield _verdict(
+            check,
+            scope(device=canary.device),
+            ok,
+            f"of {exact_bytes(canary.allocated_bytes)} allocated and freed the {canary.witness} saw "
+            f"{signed_bytes(canary.rise_bytes)} and {signed_bytes(-canary.fall_bytes)}",
+            witness=canary.witness,
+            expected=canary.allocated_bytes,
+            measured=min(canary.rise_bytes, canary.fall_bytes),
+            unit="bytes",
+        )
+
+
+def witness_saw_boot(record: Record) -> Iterator[Verdict]:
+    """Every witness saw the boot bring at least the weights and the KV cache; silent if the user booted the engine."""
+    check, boot = "controls.witness_saw_boot", record.boot
+    if boot is None:
+        return
+    before = {use.id: use for use in boot.before}
+    after = {use.id: use for use in boot.after}
+    for device in record.devices:
+        least = record.kv.bytes_by_device.get(device.id, 0) + record.params.bytes_by_device.get(device.id, 0)
+        for witness in DEVICE_WITNESSES:
+            low, high = use_of(before.get(device.id), witness), use_of(after.get(device.id), witness)
+            if low is None or high is None:
+                continue
+            yield _verdict(
+                check,
+                scope(device=device.id),
+                least > 0 and high - low >= least,
+                f"the boot brought {signed_bytes(high - low)} by the {witness}, weights and KV cache are "
+                f"{exact_bytes(least)}",
+                witness=witness,
+                expected=least,
+                measured=high - low,
+                unit="bytes",
+            )
+
+
+def witnesses_agree(record: Record) -> Iterator[Verdict]:
+    """Where the allocator and the ledger both speak, they report the same changes; a disagreement is a failure."""
+    check = "controls.witnesses_agree"
+    for index, cycle in enumerate(record.cycles):
+        for device in record.devices:
+            worst, where = 0, ""
+            spoke = False
+            for before, after in zip(cycle.phases, cycle.phases[1:], strict=False):
+                gap = _gap(before, after, device.id)
+                if gap is None:
+                    continue
+                spoke = True
+                if abs(gap) > abs(worst):
+                    worst, where = gap, f" at {after.name}"
+            if not spoke:
+                continue
+            tolerance = tolerance_bytes(record, "allocator", 0)
+            agree = abs(worst) <= tolerance
+            yield Verdict(
+                id=check,
+                scope=scope(index, device.id),
+                verdict="pass" if agree else "fail",
+                expected=0,
+                measured=worst,
+                unit="bytes",
+                message=f"{scope(index, device.id)}: between phases the allocator and the ledger differ by at most "
+                f"{signed_bytes(worst)}{where}, allowed {exact_bytes(tolerance)}.",
+                causes=()
+                if agree
+                else (
+                    "memory that no live jax.Array owns (compiled programs, temporaries) grew or shrank",
+                    "the allocator's statistics are stale",
+                ),
+            )
+
+
+def _gap(before: Phase, after: Phase, device: int) -> int | None:
+    """The allocator's change minus the ledger's, on one device, between two phases."""
+    values = [use_of(phase.device(device), witness) for witness in DEVICE_WITNESSES for phase in (before, after)]
+    if any(value is None for value in values):
+        return None
+    ledger_before, ledger_after, allocator_before, allocator_after = (value or 0 for value in values)
+    return (allocator_after - allocator_before) - (ledger_after - ledger_before)
+
+
+def compiles_are_counted(record: Record) -> Iterator[Verdict]:
+    """The counter saw compilations where there must be some: in the cold generation, or in a boot that precompiles."""
+    check = "controls.compiles_are_counted"
+    if (verdict := left_out(check, record)) is not None:
+        yield verdict
+        return
+    cold = record.generates_when("cold")
+    seen = cold[0].compiles.backend if cold else 0
+    booted = record.boot.compiles.backend if record.boot else 0
+    precompiled = not record.profile.get("engine", {}).get("disable_precompile", True)
+    yield _verdict(
+        check,
+        "run",
+        seen > 0 or (precompiled and booted > 0),
+        f"the counter saw {seen} compilations in the cold generation and {booted} in the boot",
+        expected=1,
+        measured=seen,
+        unit="compilations",
+    )
+
+
+def recompilation_is_seen(record: Record) -> Iterator[Verdict]:
+    """With jax's caches cleared on purpose, the counter sees the compilations and the clock exceeds the threshold."""
+    from kvcycle.checks.generation import thresholds_s  # generation.py reads the controls, so this comes late
+
+    check = "controls.recompilation_is_seen"
+    verdict = left_out(check, record)
+    if verdict is not None:
+        yield verdict
+        return
+    cleared, limits = record.generates_when("after_clear_caches"), thresholds_s(record)
+    if not cleared or limits is None:
+        yield unmeasured(check, scope(part="compiles"), "no generation was made with cleared caches")
+        yield unmeasured(check, scope(part="latency"), "no generation was made with cleared caches")
+        return
+    control, allowed_s = cleared[0], limits[1]
+    yield _verdict(
+        check,
+        scope(part="compiles"),
+        control.compiles.backend > 0,
+        f"after jax.clear_caches() the generation compiled {control.compiles.backend} times",
+        expected=1,
+        measured=control.compiles.backend,
+        unit="compilations",
+    )
+    warm = statistics.median(g.seconds for g in record.generates_when("warm"))
+    yield _verdict(
+        check,
+        scope(part="latency"),
+        control.seconds > allowed_s,
+        f"after jax.clear_caches() the generation took {seconds(control.seconds)} (warm {seconds(warm)}), so a "
+        f"threshold of {seconds(allowed_s)} {'tells' if control.seconds > allowed_s else 'cannot tell'} it apart",
+        expected=allowed_s,
+        measured=control.seconds,
+        unit="seconds",
+    )
+
+
+def output_varies(record: Record) -> Iterator[Verdict]:
+    """The greedy output has enough distinct tokens that a broken cache would show in it."""
+    check = "controls.output_varies"
+    if (verdict := left_out(check, record)) is not None:
+        yield verdict
+        return
+    least = int(record.profile.get("thresholds", {}).get("min_distinct_tokens", 6))
+    warm = record.generates_when("warm")
+    distinct = len(set(warm[0].token_ids)) if warm else 0
+    yield _verdict(
+        check,
+        "run",
+        distinct >= least,
+        f"the output has {distinct} distinct tokens, at least {least} are needed for a comparison to mean something",
+        expected=least,
+        measured=distinct,
+        unit="tokens",
+    )
+
+
+def output_follows_weights(record: Record) -> Iterator[Verdict]:
+    """On the second, perturbed set the output differs: the forward reads the weights it was given."""
+    check = "controls.output_follows_weights"
+    if (verdict := left_out(check, record)) is not None:
+        yield verdict
+        return
+    warm = record.generates_when("warm")
+    for index, _ in enumerate(record.cycles):
+        other = record.generates_when("with_params2", index)
+        if not warm or not other:
+            yield unmeasured(check, scope(index), "there was no generation on the second set")
+            continue
+        different = sum(a != b for a, b in zip(warm[0].token_ids, other[0].token_ids, strict=False))
+        yield _verdict(
+            check,
+            scope(index),
+            different > 0,
+            f"on the second, perturbed set {different} of {len(warm[0].token_ids)} tokens differ",
+            expected=1,
+            measured=different,
+            unit="tokens",
+        )
+
+
+def prefix_hit_is_seen(record: Record) -> Iterator[Verdict]:
+    """A repeated prompt without a flush takes tokens from the prefix cache, and the counter says so."""
+    check = "controls.prefix_hit_is_seen"
+    if (verdict := left_out(check, record)) is not None:
+        yield verdict
+        return
+    hits = record.generates_when("prefix_hit")
+    cached = hits[0].cached_tokens if hits else 0
+    yield _verdict(
+        check,
+        "run",
+        cached > 0,
+        f"a repeated prompt took {cached} tokens from the prefix cache",
+        expected=1,
+        measured=cached,
+        unit="tokens",
+    )

@@ -1,0 +1,279 @@
+"""The checks on bytes: what the drop frees, what the second set takes, what the rebuild restores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from kvcycle.checks.controls import blindness
+from kvcycle.checks.verdicts import DEVICE_WITNESSES, change, count, scope, tolerance_bytes, unmeasured, use_of
+from kvcycle.record import DropInfo, Params2Info, PhaseName, Record, Verdict
+from kvcycle.text import exact_bytes
+
+
+def _device_changes(
+    check: str,
+    record: Record,
+    before_name: PhaseName,
+    after_name: PhaseName,
+    expected_by_device: dict[int, int],
+    causes: Sequence[str],
+) -> Iterator[Verdict]:
+    """The change between two phases of each cycle, on each device, by each witness that speaks; and by RSS."""
+    for index, cycle in enumerate(record.cycles):
+        before, after = cycle.phase(before_name), cycle.phase(after_name)
+        if before is None or after is None:
+            missing = before_name if before is None else after_name
+            for device in record.devices:
+                yield unmeasured(check, scope(index, device.id), f"the run ended before {missing}", "ledger")
+            continue
+        for device in record.devices:
+            expected = expected_by_device.get(device.id)
+            if expected is None:
+                yield unmeasured(check, scope(index, device.id), "no size is known for this device", "ledger")
+                continue
+            for witness in DEVICE_WITNESSES:
+                low = use_of(before.device(device.id), witness)
+                high = use_of(after.device(device.id), witness)
+                if low is None or high is None:
+                    if witness == "ledger":
+                        yield unmeasured(check, scope(index, device.id), "this device was not sampled", witness)
+                    continue
+                yield change(
+                    check,
+                    scope(index, device.id),
+                    witness,
+                    before,
+                    after,
+                    expected,
+                    (low, high),
+                    tolerance_bytes(record, witness, expected),
+                    causes,
+                    blindness(record, witness, device.id),
+                )
+        if before.rss_bytes is not None and after.rss_bytes is not None:
+            total = sum(expected_by_device.get(device.id, 0) for device in record.devices)
+            yield change(
+                check,
+                scope(index),
+                "rss",
+                before,
+                after,
+                total,
+                (before.rss_bytes, after.rss_bytes),
+                tolerance_bytes(record, "rss", total),
+                [*causes, "the process grew or shrank elsewhere meanwhile"],
+                blindness(record, "rss", None),
+            )
+
+
+def _kv_expectation(record: Record) -> dict[int, int]:
+    """KV bytes by device, from the prediction; the shards' own sum only where nothing predicts (which
+    ``drop.size_is_predicted`` then reports as inconclusive).
+    """  # noqa: D205 - one sentence that does not fit a line
+    return dict(record.kv.predicted_bytes_by_device or record.kv.bytes_by_device)
+
+
+def drop_frees_kv(record: Record) -> Iterator[Verdict]:
+    """On every device, by every witness, the drop frees exactly the predicted KV bytes."""
+    expected = {device: -size for device, size in _kv_expectation(record).items()}
+    yield from _device_changes(
+        "drop.frees_kv",
+        record,
+        "flush_cache_before_kv_drop",
+        "kv_cache_dropped",
+        expected,
+        (
+            "a buffer was not deleted, or something else still holds it (see drop.deletes_every_buffer)",
+            "a copy of the cache is alive under another name (see the owner 'other' in the table)",
+            "the allocator keeps freed memory for itself; jax.clear_caches() may give it back, and recompiles",
+        ),
+    )
+
+
+def drop_deletes_every_buffer(record: Record) -> Iterator[Verdict]:
+    """Every buffer is deleted, and none was without a ``delete`` method (the SOP's missing_delete_method=0)."""
+    check = "drop.deletes_every_buffer"
+    for index, cycle in enumerate(record.cycles):
+        phase = cycle.phase("kv_cache_dropped")
+        info = phase.info if phase else None
+        if not isinstance(info, DropInfo):
+            yield unmeasured(check, scope(index), "the drop was not recorded")
+            continue
+        yield count(
+            check,
+            scope(index),
+            expected=record.kv.buffers,
+            measured=info.deleted_buffers,
+            unit="buffers",
+            what=f"buffers deleted ({info.missing_delete_method} had no delete method, {info.buffers} were found)",
+            causes=("a slot holds something else than a jax.Array", "delete() did not take effect"),
+        )
+
+
+def drop_size_is_predicted(record: Record) -> Iterator[Verdict]:
+    """What the shards add up to on each device, and the engine's own claim, equal the prediction."""
+    check, kv = "drop.size_is_predicted", record.kv
+    if kv.predicted_bytes is None or kv.predicted_bytes_by_device is None:
+        for device in record.devices:
+            yield unmeasured(check, scope(device=device.id), "nothing predicts this model's KV size")
+        yield unmeasured(check, scope(part="engine_claim"), "nothing predicts this model's KV size")
+        return
+    causes = (
+        "the engine rounded or cut max_total_tokens (free memory, page size)",
+        "the pool pads heads or pages in a way the prediction does not know",
+    )
+    for device in record.devices:
+        yield count(
+            check,
+            scope(device=device.id),
+            expected=kv.predicted_bytes_by_device.get(device.id, 0),
+            measured=kv.bytes_by_device.get(device.id, 0),
+            unit="bytes",
+            what=f"KV bytes by the shards, predicted by {kv.predicted_by} ({kv.predicted_how})",
+            causes=causes,
+        )
+    if kv.claimed_bytes is None:
+        yield unmeasured(check, scope(part="engine_claim"), "the engine does not say how large its KV cache is")
+    else:
+        yield count(
+            check,
+            scope(part="engine_claim"),
+            expected=kv.predicted_bytes,
+            measured=kv.claimed_bytes,
+            unit="bytes",
+            what=f"KV bytes by the engine's own claim, predicted by {kv.predicted_by}",
+            causes=causes,
+        )
+
+
+def drop_leaves_weights(record: Record) -> Iterator[Verdict]:
+    """On every device the weights' bytes are what they were before the drop."""
+    check = "drop.leaves_weights"
+    for index, cycle in enumerate(record.cycles):
+        before, after = cycle.phase("flush_cache_before_kv_drop"), cycle.phase("kv_cache_dropped")
+        for device in record.devices:
+            low, high = (phase.device(device.id) if phase else None for phase in (before, after))
+            if low is None or high is None or not low.by_owner.get("weights"):
+                yield unmeasured(check, scope(index, device.id), "no weights were seen before the drop")
+                continue
+            yield count(
+                check,
+                scope(index, device.id),
+                expected=low.by_owner["weights"],
+                measured=high.by_owner.get("weights", 0),
+                unit="bytes",
+                what="bytes of weights after the drop",
+                causes=("the drop reached an array that belongs to the weights",),
+            )
+
+
+def params2_fits(record: Record) -> Iterator[Verdict]:
+    """On every device, by every witness, the second set takes exactly the first one's bytes, within the capacity."""
+    check = "params2.fits"
+    for index, phase in record.phases("sglang_param_dict2_ready"):
+        if isinstance(phase.info, Params2Info) and phase.info.error is not None:
+            yield Verdict(
+                id=check,
+                scope=scope(index),
+                verdict="fail",
+                expected=sum(phase.info.requested_bytes_by_device.values()),
+                measured=0,
+                unit="bytes",
+                message=f"{scope(index)}: {phase.info.error}",
+                causes=("the freed memory is less than a second set, or too fragmented",),
+            )
+    yield from _device_changes(
+        check,
+        record,
+        "kv_cache_dropped",
+        "sglang_param_dict2_ready",
+        record.params.bytes_by_device,
+        (
+            "the second set shares buffers with the first (see params2.is_its_own_memory)",
+            "it did not fit, or part of it lies on another device",
+        ),
+    )
+    for index, phase in record.phases("sglang_param_dict2_ready"):
+        for device in record.devices:
+            use = phase.device(device.id)
+            if device.limit_bytes is None or use is None:
+                continue
+            in_use = max(use.ledger_bytes, use.allocator_bytes or 0)
+            if in_use > device.limit_bytes:
+                yield Verdict(
+                    id=check,
+                    scope=scope(index, device.id, "capacity"),
+                    verdict="fail",
+                    expected=device.limit_bytes,
+                    measured=in_use,
+                    unit="bytes",
+                    message=f"{scope(index, device.id)}: {exact_bytes(in_use)} in use with the second set, but the "
+                    f"device has {exact_bytes(device.limit_bytes)}.",
+                )
+
+
+def params2_is_its_own_memory(record: Record) -> Iterator[Verdict]:
+    """No buffer of the second set is a buffer of the engine's weights."""
+    check = "params2.is_its_own_memory"
+    for index, cycle in enumerate(record.cycles):
+        phase = cycle.phase("sglang_param_dict2_ready")
+        info = phase.info if phase else None
+        if not isinstance(info, Params2Info) or not info.buffers:
+            yield unmeasured(check, scope(index), "there is no second set to look at")
+            continue
+        yield count(
+            check,
+            scope(index),
+            expected=0,
+            measured=info.buffers_shared_with_engine,
+            unit="buffers",
+            what=f"buffers of the second set (of {info.buffers}) that are the engine's own",
+            causes=("device_put to the same sharding returns the same buffer: copy",),
+        )
+
+
+def rebuild_restores_bytes(record: Record) -> Iterator[Verdict]:
+    """On every device, by every witness, the rebuild takes exactly the predicted KV bytes."""
+    yield from _device_changes(
+        "rebuild.restores_bytes",
+        record,
+        "sglang_param_dict2_ready",
+        "kv_cache_rebuilt",
+        _kv_expectation(record),
+        (
+            "a buffer was rebuilt with another shape, dtype or sharding (see rebuild.same_layout)",
+            "a slot was left empty, or an old buffer is still alive beside the new one",
+        ),
+    )
+
+
+def cycles_no_growth(record: Record) -> Iterator[Verdict]:
+    """At the end of every cycle each device holds what it held before the first drop, by every witness."""
+    check = "cycles.no_growth"
+    base = record.cycles[0].phase("flush_cache_before_kv_drop") if record.cycles else None
+    if base is None:
+        yield unmeasured(check, "run", "the run ended before the first drop", "ledger")
+        return
+    for index, cycle in enumerate(record.cycles):
+        end = cycle.phase("after_drop_param_dict2")
+        for device in record.devices:
+            for witness in DEVICE_WITNESSES:
+                low = use_of(base.device(device.id), witness)
+                high = use_of(end.device(device.id), witness) if end else None
+                if low is None:
+                    continue
+                if end is None or high is None:
+                    yield unmeasured(check, scope(index, device.id), "the cycle did not end", witness)
+                    continue
+                yield change(
+                    check,
+                    scope(index, device.id),
+                    witness,
+                    base,
+                    end,
+                    0,
+                    (low, high),
+                    tolerance_bytes(record, witness, 0),
+                    ("something of every cycle stays alive: the second set, a copy, a cached result",),
+                    blindness(record, witness, device.id),
+                )

@@ -1,0 +1,126 @@
+"""How a check speaks: verdicts that say phase, place, witness, expected, measured and difference in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvcycle.record import DeviceUse, Outcome, Phase, Record, Verdict, Witness
+from kvcycle.text import exact_bytes, signed_bytes
+
+DEVICE_WITNESSES: tuple[Witness, ...] = ("ledger", "allocator")
+
+
+def scope(cycle: int | None = None, device: int | None = None, part: str | None = None) -> str:
+    """``cycle0-device2``, ``device2``, ``run``: as test ids write it."""
+    parts = [f"cycle{cycle}" if cycle is not None else "", f"device{device}" if device is not None else "", part or ""]
+    return "-".join(part for part in parts if part) or "run"
+
+
+def use_of(use: DeviceUse | None, witness: Witness) -> int | None:
+    """What one witness says of a device's use, None where it does not speak."""
+    if use is None:
+        return None
+    return use.ledger_bytes if witness == "ledger" else use.allocator_bytes
+
+
+def tolerance_bytes(record: Record, witness: Witness, expected: int) -> int:
+    """Bytes a witness may be off: none for the ledger, the profile's for the allocator, a fraction for RSS."""
+    tolerances = record.profile.get("tolerances", {})
+    if witness == "rss":
+        return round(abs(expected) * float(tolerances.get("rss_fraction", 0.02)))
+    return int(tolerances.get("allocator_bytes", 0)) if witness == "allocator" else 0
+
+
+def change(
+    check: str,
+    place: str,
+    witness: Witness,
+    before: Phase,
+    after: Phase,
+    expected: int,
+    values: tuple[int, int],
+    tolerance: int,
+    causes: Sequence[str],
+    blind: str | None = None,
+) -> Verdict:
+    """The verdict on a change in bytes between two phases.
+
+    Args:
+        check: the check's id.
+        place: the verdict's scope.
+        witness: who measured.
+        before: the phase whose end the change is counted from.
+        after: the phase whose end it is counted to.
+        expected: the change that should be seen.
+        values: bytes in use at the end of ``before`` and of ``after``.
+        tolerance: how many bytes it may be off.
+        causes: what usually is behind a failure.
+        blind: why a pass would prove nothing (the witness's control failed); None if it saw its control.
+    """
+    measured = values[1] - values[0]
+    off = measured - expected
+    outcome: Outcome = "pass" if abs(off) <= tolerance else "fail"
+    text = (
+        f"{after.name}, {place}, {witness}: bytes in use changed by {signed_bytes(measured)} since {before.name}, "
+        f"expected {signed_bytes(expected)}"
+    )
+    if outcome == "fail":
+        text += f"; off by {signed_bytes(off)}, allowed {exact_bytes(tolerance)}"
+    elif blind:
+        outcome, text = "inconclusive", f"{text}; but {blind}, so this proves nothing"
+    return Verdict(
+        id=check,
+        scope=place,
+        witness=witness,
+        verdict=outcome,
+        expected=expected,
+        measured=measured,
+        unit="bytes",
+        message=text + ".",
+        causes=tuple(causes) if outcome != "pass" else (),
+    )
+
+
+def count(
+    check: str,
+    place: str,
+    *,
+    expected: int,
+    measured: int,
+    unit: str,
+    what: str,
+    causes: Sequence[str] = (),
+    blind: str | None = None,
+) -> Verdict:
+    """The verdict on a number that must be met exactly; ``what`` is the beginning of the sentence."""
+    outcome: Outcome = "pass" if measured == expected else "fail"
+    text = f"{place}: {what}: {measured:,}, expected {expected:,}"
+    if outcome == "pass" and blind:
+        outcome, text = "inconclusive", f"{text}; but {blind}, so this proves nothing"
+    return Verdict(
+        id=check,
+        scope=place,
+        verdict=outcome,
+        expected=expected,
+        measured=measured,
+        unit=unit,
+        message=text + ".",
+        causes=tuple(causes) if outcome != "pass" else (),
+    )
+
+
+def unmeasured(check: str, place: str, why: str, witness: Witness | None = None) -> Verdict:
+    """The verdict where the record lacks what the check needs."""
+    return Verdict(id=check, scope=place, witness=witness, verdict="inconclusive", message=f"{place}: {why}.")
+
+
+def left_out(check: str, record: Record) -> Verdict | None:
+    """The verdict ``not-run`` where the profile leaves generation out (a width this machine cannot run), else None."""
+    if record.profile.get("cycle", {}).get("generate", True):
+        return None
+    return Verdict(
+        id=check,
+        scope="run",
+        verdict="not-run",
+        message="Not run: the profile leaves generation out (cycle.generate = false). This is not a pass.",
+    )

@@ -1,0 +1,193 @@
+"""Keeps a crash of the engine from taking the process, its parent and the report with it.
+
+At any exception in the scheduler's loop, the forward thread or at boot, sglang-jax (seen on 0.1.0rc0) sends SIGQUIT to
+its own process or to its parent (make, the shell, the CI runner) and kills its whole tree. Here the crash becomes an
+error in the caller instead, with the engine's own last words. What is replaced, all while :func:`contained` is active
+or on the objects of one engine:
+
+- ``entrypoints.engine._set_envs_and_config`` during the boot, since it installs the SIGQUIT handler that kills;
+- ``parent_process`` of the scheduler and of the overlap worker, the addressee of their SIGQUIT;
+- ``kill_process_tree`` in ``tokenizer_manager``, called when the tokenizer's loop fails;
+- the loop's own SIGTERM and SIGQUIT handlers: with them a SIGTERM is swallowed while the loop is not running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from kvcycle.errors import EngineBootError, EngineCrashedError
+from kvcycle.inband import Channel
+
+_SIGNALS = (signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD)
+#: Beginnings of the messages with which a part of the engine reports its own death.
+_DEATH_NOTES = ("Scheduler hit an exception", "ModelWorkerClient hit an exception", "TokenizerManager hit an exception")
+
+
+class LastWords(logging.Handler):
+    """Remembers the engine's latest error messages, and tells at once when one of them is its death note."""
+
+    def __init__(self, on_death: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._recent: deque[str] = deque(maxlen=5)
+        self._on_death = on_death
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by logging, on whatever thread speaks."""
+        message = record.getMessage()
+        if record.levelno >= logging.ERROR:
+            self._recent.append(message)
+        if message.startswith(_DEATH_NOTES):
+            self._on_death(_last_line(message))
+
+    @property
+    def text(self) -> str:
+        """The latest error's last line: of a traceback, the exception itself."""
+        return _last_line(self._recent[-1]) if self._recent else "it left no message"
+
+
+def _last_line(message: str) -> str:
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "an empty message"
+
+
+class Containment:
+    """What surrounds one engine from before its boot until after its close; see the module's text."""
+
+    def __init__(self) -> None:
+        self.crash: str | None = None
+        self._channel: Channel | None = None
+        self._wake: list[Callable[[], None]] = []
+        self._handlers: dict[signal.Signals, Any] = {}
+        self.last_words = LastWords(self.note_crash)
+
+    def note_crash(self, cause: str) -> None:
+        """Remember the first cause of death, and let every waiting caller know."""
+        if self.crash is None:
+            self.crash = cause
+        if self._channel is not None:
+            self._channel.crash = self.crash
+        for wake in list(self._wake):
+            with suppress(RuntimeError):  # a loop that is closed has no waiting caller
+                wake()
+
+    @contextmanager
+    def booting(self, deadline_s: float) -> Iterator[None]:
+        """Turn a crash in the ``with`` block, or a boot beyond its deadline, into an EngineBootError."""
+        from sgl_jax.srt.entrypoints import engine as entrypoint
+
+        original = entrypoint._set_envs_and_config
+        main = threading.current_thread() is threading.main_thread()
+
+        def set_envs_and_config(*args: Any, **kwargs: Any) -> None:
+            original(*args, **kwargs)
+            signal.signal(signal.SIGQUIT, self._fail_boot)
+
+        self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        logging.getLogger("sgl_jax").addHandler(self.last_words)
+        entrypoint._set_envs_and_config = set_envs_and_config
+        if main:
+            self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._boot_took_too_long(deadline_s))
+            signal.setitimer(signal.ITIMER_REAL, deadline_s)
+        try:
+            yield
+        except EngineBootError:
+            self.end()
+            raise
+        except Exception as error:
+            self.end()
+            raise EngineBootError(f"The engine did not boot: {type(error).__name__}: {_last_line(str(error))}") from error
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            entrypoint._set_envs_and_config = original
+            if main:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, self._handlers.pop(signal.SIGALRM))
+
+    def surround(self, channel: Channel) -> None:
+        """Surround the engine that has booted: its death is noted, and told to whoever waits for an answer."""
+        self._channel = channel
+        engine, scheduler = channel.engine, channel.scheduler
+        scheduler.parent_process = _Addressee(self)
+        scheduler.tp_worker.parent_process = _Addressee(self)
+        manager = engine.tokenizer_manager
+        from sgl_jax.srt.managers import tokenizer_manager as module
+
+        module.kill_process_tree = lambda *_args, **_kwargs: self.note_crash(self.last_words.text)
+        # Created here rather than at the first request, so that the signal handlers it sets can be taken back.
+        manager.auto_create_handle_loop()
+        for number in (signal.SIGTERM, signal.SIGQUIT):
+            engine.loop.remove_signal_handler(number)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.signal(signal.SIGQUIT, lambda *_: self.note_crash(self.last_words.text))
+        self._fail_requests_at_crash(manager)
+
+    def end(self) -> None:
+        """Give the process its signal handlers back and stop listening."""
+        logging.getLogger("sgl_jax").removeHandler(self.last_words)
+        for number, handler in self._handlers.items():
+            with suppress(ValueError):  # not the main thread: then none was set either
+                signal.signal(number, handler)
+
+    def _fail_boot(self, *_: Any) -> None:
+        raise EngineBootError(f"The engine did not boot. Its last words: {self.last_words.text}")
+
+    def _boot_took_too_long(self, deadline_s: float) -> Callable[..., None]:
+        def fail(*_: Any) -> None:
+            raise EngineBootError(
+                f"The engine did not boot within {deadline_s:g} s (timeouts.boot_s). Its last words: "
+                f"{self.last_words.text}"
+            )
+
+        return fail
+
+    def _fail_requests_at_crash(self, manager: Any) -> None:
+        original = manager.generate_request
+
+        async def generate_request(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            loop = asyncio.get_running_loop()
+            died: asyncio.Future[None] = loop.create_future()
+
+            def wake() -> None:
+                loop.call_soon_threadsafe(lambda: died.done() or died.set_result(None))
+
+            self._wake.append(wake)
+            chunks = original(*args, **kwargs)
+            try:
+                while True:
+                    if self.crash is not None:
+                        raise EngineCrashedError(f"The engine is dead and can only be closed: {self.crash}")
+                    step = asyncio.ensure_future(anext(chunks))
+                    await asyncio.wait({step, died}, return_when=asyncio.FIRST_COMPLETED)
+                    if not step.done():
+                        step.cancel()
+                        raise EngineCrashedError(f"The engine died while serving a request: {self.crash}")
+                    try:
+                        chunk = step.result()
+                    except StopAsyncIteration:
+                        return
+                    yield chunk
+            finally:
+                self._wake.remove(wake)
+
+        manager.generate_request = generate_request
+
+
+class _Addressee:
+    """Stands where the engine keeps its parent process, and takes the signal that was meant for it."""
+
+    def __init__(self, containment: Containment) -> None:
+        self._containment = containment
+
+    def send_signal(self, _number: int) -> None:
+        """Note the crash instead of killing make, the shell or the CI runner."""
+        self._containment.note_crash(self._containment.last_words.text)

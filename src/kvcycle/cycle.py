@@ -1,0 +1,387 @@
+"""One run: boot evidence, cold and warm generates, the cycles of drop, borrow, rebuild and generate, the controls.
+
+Read :meth:`_Run.cycle`: it is the SOP. Everything that is measured goes into the Record as soon as it is known, so
+that a run that ends early has lost nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvcycle import compiles, inband, memory
+from kvcycle.buffers import BufferSpec, find_slots
+from kvcycle.engine import boot_evidence, stack
+from kvcycle.errors import ParamSetError
+from kvcycle.kv_cache import KVCache
+from kvcycle.params import ParamSet, Sharing, perturbed, sharing, swap
+from kvcycle.profile import Profile
+from kvcycle.record import (
+    KV,
+    Canary,
+    Cycle,
+    Device,
+    DeviceUse,
+    DropInfo,
+    Evidence,
+    Generate,
+    Owner,
+    Params,
+    Params2Info,
+    Phase,
+    PhaseInfo,
+    PhaseName,
+    Pool,
+    RebuildInfo,
+    Record,
+    SwapInfo,
+    When,
+    now,
+)
+from kvcycle.sizing import predict_kv
+from kvcycle.text import exact_bytes, seconds
+
+Progress = Callable[[str], None]
+
+_EVIDENCE: dict[str, Evidence] = {"tpu": "measured-on-tpu", "gpu": "measured-on-gpu", "cpu": "simulated-on-cpu"}
+
+
+def run_cycle(
+    engine: Any, profile: Profile, *, save_to: Path | None = None, progress: Progress | None = None
+) -> Record:
+    """Run the profile's cycles on an engine and return what was measured; judge it with :func:`kvcycle.judge`.
+
+    Args:
+        engine: any in-process sglang-jax Engine; the boot's evidence is in the record only if kvcycle booted it.
+        profile: how many cycles, which prompt, whether to generate.
+        save_to: a file that holds the record so far after every phase, whatever happens next.
+        progress: called with one line of text whenever something begins that takes time.
+
+    Raises:
+        KVCycleError: a step of the cycle could not be done; what was measured before it is in ``save_to``.
+    """
+    return _Run(engine, profile, save_to, progress or (lambda _line: None)).run()
+
+
+def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Generate:
+    """One greedy generation of the profile's prompt, with the compiler watched meanwhile."""
+    with compiles.counting() as span:
+        started = time.perf_counter()
+        answer = engine.generate(
+            prompt=profile.cycle.prompt,
+            sampling_params={
+                "temperature": 0,
+                "max_new_tokens": profile.cycle.max_new_tokens,
+                "ignore_eos": True,
+            },
+            return_logprob=True,
+        )
+        elapsed = time.perf_counter() - started
+    meta = answer["meta_info"]
+    # Over-long above 50 new tokens (0.1.0rc0), so cut to what was completed.
+    output = meta["output_token_logprobs"][: meta["completion_tokens"]]
+    return Generate(
+        when=when,
+        cycle=cycle,
+        seconds=elapsed,
+        token_ids=tuple(int(entry[1]) for entry in output),
+        logprobs=tuple(float(entry[0]) for entry in output),
+        cached_tokens=int(meta.get("cached_tokens", 0)),
+        compiles=span.compiles,
+    )
+
+
+class _Run:
+    """The state of one run, and its Record so far."""
+
+    def __init__(self, engine: Any, profile: Profile, save_to: Path | None, progress: Progress) -> None:
+        self.engine, self.profile, self.save_to, self.progress = engine, profile, save_to, progress
+        self.kv = KVCache(engine)
+        self.params2: ParamSet | None = None
+        self.started = self.phase_started = time.perf_counter()
+        self.phase_span = compiles.Span()
+        self.phases: list[list[Phase]] = []
+        self.swaps: dict[int, SwapInfo] = {}
+        self.generates: list[Generate] = []
+        self.canaries: tuple[Canary, ...] = ()
+        self.created = now()
+        # Taken once: neither may depend on what the run does to the engine.
+        self.kv_facts = self._kv()
+        self.params_facts = self._params()
+
+    def run(self) -> Record:
+        """Everything, in order."""
+        self.canaries = self._release_a_canary()
+        for index in range(self.profile.cycle.cycles):
+            self.cycle(index)
+        if self.profile.cycle.generate and self.profile.cycle.recompile_control:
+            self._control_for_recompilation()
+        return self._save()
+
+    def cycle(self, index: int) -> None:
+        """Generate, flush, drop, borrow, rebuild, generate on, give back: the SOP, with a sample at every phase."""
+        self.phases.append([])
+        with self._phase("engine_ready"):
+            pass
+        with self._phase("generate_result"):
+            self._generate_before_the_drop(index)
+        with self._phase("flush_cache_before_kv_drop"):
+            self.kv.flush()
+
+        with self._phase("kv_cache_dropped") as told:
+            freed = self.kv.drop()
+            told(
+                DropInfo(
+                    buffers=freed.buffers,
+                    deleted_buffers=freed.deleted_buffers,
+                    missing_delete_method=freed.missing_delete_method,
+                    bytes_by_device=freed.bytes_by_device,
+                )
+            )
+        try:
+            with self._phase("sglang_param_dict2_ready") as told:
+                told(self._borrow())
+        finally:
+            with self._phase("kv_cache_rebuilt") as told:
+                self.kv.rebuild()
+                told(self._rebuilt())
+
+        with self._phase("generate_result_after_kv_rebuild"):
+            self._generate("after_rebuild", index)
+        if self.profile.cycle.generate and self.params2 is not None:
+            self._swap_there_and_back(index, self.params2)
+        with self._phase("after_drop_param_dict2"):
+            self._give_back()
+
+    def _generate_before_the_drop(self, index: int) -> None:
+        """Cold and warm times, and once a generation that hits the prefix cache: the controls of what follows."""
+        if index:
+            self.kv.flush()
+            self._generate("warm", index)
+            return
+        self._generate("cold", index)
+        for _ in range(self.profile.cycle.warm_generates):
+            self.kv.flush()
+            self._generate("warm", index)
+        self._generate("prefix_hit", index)
+
+    def _generate(self, when: When, index: int) -> None:
+        if not self.profile.cycle.generate:
+            return
+        self.progress(
+            f"cycle {index}: generate {when}" + (", compiling the model's steps first" if when == "cold" else "")
+        )
+        self.generates.append(generate_once(self.engine, self.profile, when, index))
+
+    def _borrow(self) -> Params2Info:
+        """Allocate the second parameter set in the freed memory."""
+        requested = self.params_facts.bytes_by_device
+        first = ParamSet.of(self.engine)
+        try:
+            self.params2 = ParamSet.clone(self.engine, perturbed(self.profile.cycle.perturb))
+        except ParamSetError as error:
+            return Params2Info(
+                arrays=0, requested_bytes_by_device=requested, buffers=0, buffers_shared_with_engine=0, error=str(error)
+            )
+        theirs = set(first.buffers())
+        ours = self.params2.buffers()
+        return Params2Info(
+            arrays=len(self.params2.leaves),
+            requested_bytes_by_device=requested,
+            buffers=len(ours),
+            buffers_shared_with_engine=sum(buffer in theirs for buffer in ours),
+        )
+
+    def _rebuilt(self) -> RebuildInfo:
+        """Walk the engine's pools anew, so that what is compared is what the engine holds, not what was put there."""
+        found = find_slots(inband.pools_of(self.engine))
+        before = {slot.path: slot.owner for slot in self.kv.slots}
+        after = {slot.path: slot.owner for slot in found}
+        return RebuildInfo(
+            layouts_before={slot.path: spec.layout for slot, spec in zip(self.kv.slots, self.kv.specs, strict=True)},
+            layouts_after={slot.path: BufferSpec.of(slot.get()).layout for slot in found},
+            moved_owners=tuple(path for path, owner in before.items() if after.get(path) is not owner),
+            nonzero_slots=tuple(self.kv.nonzero_slots()),
+        )
+
+    def _swap_there_and_back(self, index: int, params2: ParamSet) -> None:
+        """Run on the second set and on the first again: the output must follow the weights, without compiling."""
+        before = swap(self.engine, params2)
+        try:
+            shared: Sharing = sharing(self.engine, params2)
+            self._generate("with_params2", index)
+        finally:
+            swap(self.engine, before)
+        self.swaps[index] = SwapInfo(
+            leaves=shared.leaves,
+            runner_shared=shared.runner_shared,
+            model_shared=shared.model_shared,
+            model_params=shared.model_params,
+            restored=sharing(self.engine, before).runner_shared,
+        )
+        self._generate("after_swap_back", index)
+
+    def _give_back(self) -> None:
+        if self.params2 is not None:
+            self.params2.delete()
+            self.params2 = None
+
+    def _control_for_recompilation(self) -> None:
+        """Drop once more and clear jax's caches: the counter must see this compile, and the clock must feel it."""
+        self.progress("control: drop, clear jax's caches, rebuild, generate (compiles again, on purpose)")
+        with self.kv.released():
+            jax.clear_caches()
+        self.generates.append(
+            generate_once(self.engine, self.profile, "after_clear_caches", self.profile.cycle.cycles - 1)
+        )
+
+    def _release_a_canary(self) -> tuple[Canary, ...]:
+        """Allocate a known number of bytes on every device, free them, and note what each witness saw of it."""
+        self.progress("control: does every witness see an allocation of known size?")
+        size = self.profile.cycle.canary_bytes
+        devices = self._devices()
+        blank = jnp.zeros((size,), jnp.uint8)  # compiles once, before the samples
+        del blank
+        before = self._sample()
+        birds = jax.block_until_ready(
+            [jax.device_put(jnp.zeros((size,), jnp.uint8), jax.sharding.SingleDeviceSharding(d)) for d in devices]
+        )
+        during = self._sample()
+        for bird in birds:
+            bird.delete()
+        after = self._sample()
+        canaries: list[Canary] = []
+        for low, high, end in zip(before.devices, during.devices, after.devices, strict=True):
+            for witness in ("ledger", "allocator"):
+                values = [_use(use, witness) for use in (low, high, end)]
+                if all(value is not None for value in values):
+                    first, middle, last = (value or 0 for value in values)
+                    canaries.append(
+                        Canary(
+                            witness="ledger" if witness == "ledger" else "allocator",
+                            device=low.id,
+                            allocated_bytes=size,
+                            rise_bytes=middle - first,
+                            fall_bytes=middle - last,
+                        )
+                    )
+        if before.rss_bytes is not None and during.rss_bytes is not None and after.rss_bytes is not None:
+            canaries.append(
+                Canary(
+                    witness="rss",
+                    device=None,
+                    allocated_bytes=size * len(devices),
+                    rise_bytes=during.rss_bytes - before.rss_bytes,
+                    fall_bytes=during.rss_bytes - after.rss_bytes,
+                )
+            )
+        return tuple(canaries)
+
+    @contextmanager
+    def _phase(self, name: PhaseName) -> Iterator[Callable[[PhaseInfo], None]]:
+        """Time a phase, count its compilations, and sample every witness at its end."""
+        index = len(self.phases) - 1
+        self.phase_started = time.perf_counter()
+        span = compiles.Span()
+        info: list[PhaseInfo] = []
+        yield info.append
+        ended = time.perf_counter()
+        sample = self._sample()
+        self.phases[-1].append(
+            Phase(
+                name=name,
+                t_s=ended - self.started,
+                seconds=ended - self.phase_started,
+                rss_bytes=sample.rss_bytes,
+                devices=sample.devices,
+                ledger_bytes_sum=sample.ledger_bytes_sum,
+                compiles=span.end(),
+                info=info[0] if info else None,
+            )
+        )
+        self.progress(
+            f"cycle {index}: {name}: {exact_bytes(sample.ledger_bytes_sum)} in use, {seconds(ended - self.phase_started)}"
+        )
+        self._save()
+
+    def _sample(self) -> memory.MemorySnapshot:
+        owners: dict[Owner, Iterable[jax.Array]] = {
+            "weights": inband.runner_of(self.engine).model_state_leaves,
+            "kv": self.kv.arrays(),
+            "params2": self.params2.leaves if self.params2 else (),
+        }
+        return memory.snapshot(owners, devices=self._devices())
+
+    def _devices(self) -> list[jax.Device]:
+        local = {device.id: device for device in jax.local_devices()}
+        return [local[device_id] for device_id in self.kv.bytes_by_device if device_id in local]
+
+    def _kv(self) -> KV:
+        config = self.profile.model_config_json()
+        platform = "cpu" if jax.default_backend() == "cpu" else "tpu"
+        predicted = predict_kv(config, self.profile.engine_args(platform)) if config else None
+        pools = inband.pools_of(self.engine)
+        by_pool = {name: [slot for slot in self.kv.slots if slot.path.startswith(name)] for name in pools}
+        return KV(
+            buffers=self.kv.buffers,
+            bytes=self.kv.bytes,
+            bytes_by_device=self.kv.bytes_by_device,
+            predicted_bytes=predicted.total_bytes if predicted else None,
+            predicted_bytes_by_device=dict.fromkeys(self.kv.bytes_by_device, predicted.bytes_per_device)
+            if predicted
+            else None,
+            predicted_by="config arithmetic" if predicted else None,
+            predicted_how=predicted.formula if predicted else None,
+            claimed_bytes=inband.claimed_kv_bytes(self.engine),
+            pools=tuple(
+                Pool(
+                    type=type(pools[name]).__name__,
+                    buffers=len(slots),
+                    bytes=sum(
+                        shard.data.on_device_size_in_bytes()
+                        for slot in slots
+                        for shard in slot.get().addressable_shards
+                    ),
+                )
+                for name, slots in by_pool.items()
+            ),
+        )
+
+    def _params(self) -> Params:
+        weights = ParamSet.of(self.engine)
+        return Params(
+            arrays=len(weights.leaves), bytes_on_devices=weights.bytes, bytes_by_device=weights.bytes_by_device
+        )
+
+    def _save(self) -> Record:
+        record = Record(
+            evidence=_EVIDENCE[jax.default_backend()],
+            created=self.created,
+            profile=self.profile.model_dump(mode="json"),
+            stack=stack(),
+            devices=tuple(
+                Device(id=device.id, kind=device.device_kind, limit_bytes=memory.limit_bytes(device))
+                for device in self._devices()
+            ),
+            kv=self.kv_facts,
+            params=self.params_facts,
+            boot=boot_evidence(self.engine),
+            canaries=self.canaries,
+            cycles=tuple(
+                Cycle(phases=tuple(phases), swap=self.swaps.get(index)) for index, phases in enumerate(self.phases)
+            ),
+            generates=tuple(self.generates),
+        )
+        if self.save_to is not None:
+            record.save(self.save_to)
+        return record
+
+
+def _use(use: DeviceUse, witness: str) -> int | None:
+    return use.ledger_bytes if witness == "ledger" else use.allocator_bytes

@@ -1,0 +1,167 @@
+"""Boots a profile's engine in this process, contains its crashes, and closes it."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.metadata
+import os
+import platform as python_platform
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from kvcycle import platform as platforms
+from kvcycle.errors import EngineCrashedError, KVCycleError, PlatformError, ProfileError
+from kvcycle.profile import Platform, Profile
+from kvcycle.record import Boot, Stack
+
+if TYPE_CHECKING:
+    from kvcycle.containment import Containment
+
+_EVIDENCE = "_kvcycle_boot"
+
+
+def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
+    """Boot the profile's engine in this process; use it in a ``with`` block, or call :meth:`BootedEngine.close`.
+
+    Everything cheap is checked first: the profile against the model and the platform, the platform against what jax
+    finds.
+
+    Args:
+        profile: what to boot.
+        platform: ``"tpu"`` or ``"cpu"`` (virtual devices). By default the one that ``JAX_PLATFORMS`` names, else tpu.
+
+    Raises:
+        ProfileError: the profile cannot run on the platform.
+        PlatformError: jax runs on another platform, or has too few devices.
+        EngineBootError: the engine did not come up, with its last words.
+    """
+    chosen = platform or ("cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" else "tpu")
+    profile.check_geometry(chosen)
+    folder = profile.model_folder()
+    platforms.prepare(chosen, profile.devices_needed)
+    _check_devices(chosen, profile)
+
+    import jax
+
+    from kvcycle import compiles, inband, memory
+    from kvcycle.containment import Containment
+
+    before = memory.snapshot().devices
+    span = compiles.Span()
+    containment = Containment()
+    started = time.perf_counter()
+    with containment.booting(profile.timeouts.boot_s):
+        from sgl_jax.srt.entrypoints.engine import Engine
+
+        engine = Engine(
+            model_path=str(folder or profile.model.path),
+            enable_single_process=True,
+            log_level="error",
+            **profile.engine_args(chosen),
+        )
+        seconds = time.perf_counter() - started
+        channel = inband.channel_of(engine)
+        containment.surround(channel)
+    jax.block_until_ready(inband.runner_of(engine).model_state_leaves)
+    evidence = Boot(seconds=seconds, before=before, after=memory.snapshot().devices, compiles=span.end())
+    setattr(engine, _EVIDENCE, evidence)
+    return BootedEngine(engine, containment)
+
+
+def boot_evidence(engine: Any) -> Boot | None:
+    """What :func:`boot` measured of this engine's boot; None if somebody else booted it."""
+    evidence = getattr(engine, _EVIDENCE, None)
+    return evidence if isinstance(evidence, Boot) else None
+
+
+@dataclass(eq=False)
+class BootedEngine:
+    """An engine that :func:`boot` brought up; ``with`` gives the sglang-jax Engine itself and closes it at the end."""
+
+    engine: Any
+    containment: Containment
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        # Leaving the interpreter with the scheduler's thread alive ends in a segmentation fault.
+        atexit.register(self.close)
+        atexit.unregister(self.engine.shutdown)
+
+    def __enter__(self) -> Any:
+        return self.engine
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine's threads and free its device memory; the Engine cannot be used again.
+
+        ``Engine.shutdown()`` is not called: it kills every child process of this one and stops no thread.
+        """
+        if self.closed:
+            return
+        self.closed = True
+        from kvcycle import inband
+
+        channel = inband.channel_of(self.engine)
+        runner = inband.runner_of(self.engine)
+        with suppress(EngineCrashedError):  # a dead scheduler need not be stopped
+            inband.stop_scheduler(channel)
+        for slot_array in _pool_arrays(self.engine):
+            slot_array.delete()
+        for leaf in runner.model_state_leaves:
+            leaf.delete()
+        self.engine.send_to_rpc.close()
+        self.containment.end()
+        atexit.unregister(self.close)
+
+
+def _pool_arrays(engine: Any) -> list[Any]:
+    from kvcycle import inband
+    from kvcycle.buffers import find_slots
+
+    try:
+        return [slot.get() for slot in find_slots(inband.pools_of(engine))]
+    except KVCycleError:  # pools that kvcycle cannot place keep their memory until the process ends
+        return []
+
+
+def _check_devices(platform: Platform, profile: Profile) -> None:
+    import jax
+
+    if platform == "tpu" and not platforms.tpu_is_present():
+        raise PlatformError(
+            f"jax finds no TPU here (its backend is {jax.default_backend()}). Run on a TPU VM with jax[tpu] installed, "
+            "or on virtual CPU devices (--kv-platform cpu, or kvcycle.boot(profile, platform='cpu'))."
+        )
+    found = len(jax.devices())
+    if found < profile.devices_needed:
+        raise ProfileError(
+            f"engine.tp_size={profile.engine.tp_size} needs {profile.devices_needed} devices, jax finds {found} on "
+            f"{platform}; lower tp_size or use a larger slice."
+        )
+
+
+def stack() -> Stack:
+    """The versions of what runs here."""
+    versions = {name: _version(name) for name in ("kvcycle", "jax", "jaxlib", "sglang-jax", "libtpu")}
+    return Stack(
+        kvcycle=versions["kvcycle"] or "unknown",
+        jax=versions["jax"] or "not installed",
+        jaxlib=versions["jaxlib"] or "not installed",
+        sglang_jax=versions["sglang-jax"] or "not installed",
+        python=python_platform.python_version(),
+        libtpu=versions["libtpu"],
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

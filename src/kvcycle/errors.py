@@ -1,0 +1,71 @@
+"""Every error kvcycle raises on purpose, each a sentence that says what happened and what to do."""
+
+from __future__ import annotations
+
+
+class KVCycleError(Exception):
+    """Base of all errors raised by kvcycle; its text is a whole sentence for a person."""
+
+
+class ProfileError(KVCycleError):
+    """A profile, or an override of one, cannot be used; raised before anything expensive starts."""
+
+
+class PlatformError(KVCycleError):
+    """The process cannot run on the platform that was asked for (for example: no TPU)."""
+
+
+class EngineBootError(KVCycleError):
+    """The engine did not come up; carries the engine's own last words."""
+
+
+class EngineCrashedError(KVCycleError):
+    """The engine's scheduler or forward thread died; the engine can only be closed."""
+
+
+class UnsupportedEngineError(KVCycleError):
+    """The object is no in-process sglang-jax engine, or one whose parts kvcycle does not know."""
+
+
+class UnknownBufferError(UnsupportedEngineError):
+    """The walk over a pool met a device array in a place from which it could not be replaced."""
+
+
+class EngineBusyError(KVCycleError):
+    """Requests are queued or running, so the buffers cannot be dropped now.
+
+    Attributes:
+        counts: requests by where they are, for example ``{"waiting": 1, "running": 2}``.
+    """
+
+    def __init__(self, message: str, counts: dict[str, int]) -> None:
+        super().__init__(message)
+        self.counts = counts
+
+
+class KVCacheStateError(KVCycleError):
+    """The call does not fit the state of the KV cache (dropped twice, rebuilt while resident, …)."""
+
+
+class KVCacheDroppedError(KVCacheStateError):
+    """A request reached the engine while its KV cache was dropped."""
+
+
+class RebuildError(KVCycleError):
+    """The buffers could not be allocated again; the cache stays dropped and can be rebuilt later.
+
+    Attributes:
+        needed_bytes_by_device: what one rebuild allocates on each device, by device id.
+    """
+
+    def __init__(self, message: str, needed_bytes_by_device: dict[int, int]) -> None:
+        super().__init__(message)
+        self.needed_bytes_by_device = needed_bytes_by_device
+
+
+class ParamSetError(KVCycleError):
+    """A parameter set does not match the engine's, or could not be allocated."""
+
+
+class RecordError(KVCycleError):
+    """A record file is not one, or not one that this version reads."""

@@ -1,0 +1,271 @@
+"""Runs calls on the engine's own scheduler thread, between two iterations of its loop.
+
+What touches the buffers must not race a forward, and a forward takes them away (donates) and puts new ones back. So it
+is sent to the scheduler as a message, which its dispatcher hands to us on its thread. All of this is sglang-jax's
+private API and stands only here and in ``engine.py``; seen on 0.1.0rc0:
+
+- ``engine.scheduler_info["scheduler"]`` (single-process engines), ``.tp_worker`` and its ``.worker`` under overlap;
+- ``scheduler._request_dispatcher._mapping``: (type, handler) pairs, tried in order;
+- ``engine.send_to_rpc``: a socket whose messages the scheduler's loop receives;
+- ``scheduler.on_idle()``: called when nothing runs and the pipeline is empty; not while ``_engine_paused``;
+- ``scheduler._engine_paused``: new requests are queued and nothing is forwarded while it is set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from kvcycle.errors import EngineBusyError, EngineCrashedError, UnsupportedEngineError
+
+#: "idle": when no request is queued or running and the pipeline has drained. "now": between two iterations.
+At = Literal["idle", "now"]
+
+#: How often a waiting caller looks whether the engine has died meanwhile.
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True)
+class Call:
+    """The message: only a ticket, since it is pickled on its way to the scheduler's thread."""
+
+    ticket: int
+
+
+@dataclass
+class _Pending:
+    function: Callable[[], Any]
+    at: At
+    wait_for_requests: bool
+    future: Future[Any] = field(default_factory=Future)
+
+
+class Channel:
+    """The way into one engine's scheduler thread; made once per engine by :func:`channel_of`."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.scheduler = scheduler_of(engine)
+        #: What killed the engine, set by whoever notices (see containment.py); None while it lives.
+        self.crash: str | None = None
+        self._tickets = itertools.count(1)
+        self._pending: dict[int, _Pending] = {}
+        self._deferred: list[_Pending] = []
+        self._send_lock = threading.Lock()
+        self._install()
+
+    def call[T](
+        self, function: Callable[[], T], *, at: At = "now", timeout_s: float = 60.0, wait_for_requests: bool = False
+    ) -> T:
+        """Run ``function`` on the scheduler's thread and return what it returns.
+
+        Args:
+            function: what to run; whatever it raises is raised here, and never reaches the scheduler's loop.
+            at: ``"idle"`` also waits for the pipeline of finished requests to drain.
+            timeout_s: how long to wait for the moment; a call that was not started by then is withdrawn.
+            wait_for_requests: with ``"idle"``, wait for queued and running requests instead of refusing.
+
+        Raises:
+            EngineBusyError: requests are queued or running, or still were when the time was up.
+            EngineCrashedError: the engine is dead, or died meanwhile.
+        """
+        if self.crash is not None:
+            raise EngineCrashedError(f"The engine is dead and can only be closed: {self.crash}")
+        pending = _Pending(function, at, wait_for_requests)
+        with self._send_lock:  # the socket is not thread-safe
+            ticket = next(self._tickets)
+            self._pending[ticket] = pending
+            self.engine.send_to_rpc.send_pyobj(Call(ticket))
+        return cast(T, self._await(pending, timeout_s))
+
+    def _await(self, pending: _Pending, timeout_s: float) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return pending.future.result(timeout=_POLL_S)
+            except FutureTimeoutError:
+                if pending.future.done():
+                    return pending.future.result()
+            if self.crash is not None:
+                raise EngineCrashedError(f"The engine died while it was asked: {self.crash}")
+            # A call that has begun is not withdrawn: cancel() says False, and its end is awaited.
+            if time.monotonic() > deadline and pending.future.cancel():
+                counts = unfinished_requests(self.scheduler)
+                raise EngineBusyError(
+                    f"The engine did not become idle within {timeout_s:g} s: {_counts_text(counts)}. "
+                    "Wait for the requests, abort them, or allow more time.",
+                    counts,
+                )
+
+    def _install(self) -> None:
+        mapping = self.scheduler._request_dispatcher._mapping
+        mapping.append((Call, self._receive))
+        original = self.scheduler.on_idle
+
+        def on_idle() -> None:
+            original()
+            if self._deferred and self.scheduler.is_fully_idle():
+                waiting, self._deferred = self._deferred, []
+                for pending in waiting:
+                    _run(pending)
+
+        self.scheduler.on_idle = on_idle
+
+    def _receive(self, message: Call) -> None:
+        """On the scheduler's thread: run now, put off to the idle point, or refuse."""
+        pending = self._pending.pop(message.ticket, None)
+        if pending is None:
+            return
+        if pending.at == "now" or self.scheduler.is_fully_idle():
+            _run(pending)
+            return
+        counts = unfinished_requests(self.scheduler)
+        if any(counts.values()) and not pending.wait_for_requests:
+            if pending.future.set_running_or_notify_cancel():
+                pending.future.set_exception(
+                    EngineBusyError(
+                        f"The engine is busy: {_counts_text(counts)}. Wait for the requests or abort them; "
+                        "drop(wait_s=…) waits for them.",
+                        counts,
+                    )
+                )
+            return
+        # A reply is sent before the pipeline behind it has drained, so a call right after a generate() waits here.
+        self._deferred.append(pending)
+
+
+def _run(pending: _Pending) -> None:
+    if not pending.future.set_running_or_notify_cancel():
+        return
+    try:
+        result = pending.function()
+    except SystemExit as stop:
+        # Asked for by stop_scheduler(): threading ends the thread quietly on it, and the loop catches only Exception.
+        pending.future.set_result(None)
+        raise stop
+    except BaseException as error:  # noqa: BLE001 - the scheduler's loop must never see it: it would kill the process
+        pending.future.set_exception(error)
+    else:
+        pending.future.set_result(result)
+
+
+def _counts_text(counts: dict[str, int]) -> str:
+    named = [f"{number} {place}" for place, number in counts.items() if number]
+    return "requests " + ", ".join(named) if named else "no request is left, but its pipeline has not drained"
+
+
+_CHANNEL = "_kvcycle_channel"
+_install_lock = threading.Lock()
+
+
+def channel_of(engine: Any) -> Channel:
+    """The engine's channel, made at the first call.
+
+    Raises:
+        UnsupportedEngineError: ``engine`` is not an in-process sglang-jax Engine, or lacks what the channel needs.
+    """
+    with _install_lock:
+        channel = getattr(engine, _CHANNEL, None)
+        if not isinstance(channel, Channel):
+            channel = Channel(engine)
+            setattr(engine, _CHANNEL, channel)
+        return channel
+
+
+def scheduler_of(engine: Any) -> Any:
+    """The scheduler object of an in-process engine.
+
+    Raises:
+        UnsupportedEngineError: it is none, or its scheduler runs in another process.
+    """
+    info = getattr(engine, "scheduler_info", None)
+    if not isinstance(info, dict):
+        raise UnsupportedEngineError(
+            f"{type(engine).__name__} is no booted sglang-jax Engine: it has no scheduler_info. Pass the object that "
+            "sgl_jax.srt.entrypoints.engine.Engine(...) returned."
+        )
+    scheduler = info.get("scheduler")
+    if scheduler is None:
+        raise UnsupportedEngineError(
+            "The engine's scheduler runs in another process; boot the Engine with enable_single_process=True."
+        )
+    missing = [
+        name
+        for name in ("_request_dispatcher", "on_idle", "is_fully_idle", "tp_worker", "_engine_paused")
+        if not hasattr(scheduler, name)
+    ]
+    if missing:
+        raise UnsupportedEngineError(
+            f"This sglang-jax's scheduler has no {', '.join(missing)}; kvcycle was made for 0.1.0rc0."
+        )
+    return scheduler
+
+
+def runner_of(engine: Any) -> Any:
+    """The model runner: it owns the pools, the compiled forward and the weights' leaves."""
+    worker = scheduler_of(engine).tp_worker
+    # Under overlap the worker is a client that holds the real one.
+    return getattr(worker, "worker", worker).model_runner
+
+
+def pools_of(engine: Any) -> dict[str, Any]:
+    """The runner's pool objects by name: what the walk for KV and state buffers starts from."""
+    pools = getattr(runner_of(engine).memory_pools, "_pools", None)
+    return dict(pools) if pools else {"token_to_kv_pool": runner_of(engine).token_to_kv_pool}
+
+
+def claimed_kv_bytes(engine: Any) -> int | None:
+    """What the engine itself says its KV cache occupies, None if its pool cannot say."""
+    try:
+        size = runner_of(engine).token_to_kv_pool.get_kv_size_bytes()
+    except (AttributeError, NotImplementedError):
+        return None
+    return int(sum(size)) if isinstance(size, tuple) else int(size)
+
+
+def unfinished_requests(scheduler: Any) -> dict[str, int]:
+    """Requests that are queued or running, by place; finished ones whose results still drain do not count."""
+    running: set[int] = set()
+    for batch in (scheduler.running_batch, scheduler.cur_batch, scheduler.last_batch):
+        if batch is not None:
+            for info in batch.reqs_info:
+                running.update(id(request) for request in (info.reqs or ()) if not request.finished())
+    running.update(id(request) for request in scheduler.chunked_reqs if request is not None)
+    return {
+        "waiting": len(scheduler.waiting_queue) + len(scheduler.grammar_queue) + len(scheduler.pending_dp_reqs),
+        "running": len(running),
+    }
+
+
+def flush(scheduler: Any) -> None:
+    """Return all slots to the allocator and clear the prefix cache; on the scheduler's thread, when idle.
+
+    Raises:
+        EngineBusyError: the scheduler refused, with its own reason.
+    """
+    success, reason, _ = scheduler.flush_cache()
+    if not success:
+        raise EngineBusyError(f"The engine refused to flush its cache: {reason}", unfinished_requests(scheduler))
+
+
+def stop_scheduler(channel: Channel, *, timeout_s: float = 30.0) -> None:
+    """End the scheduler's thread, and under overlap the forward thread, so that leaving the process does not crash.
+
+    The loop catches ``Exception``, so ``SystemExit`` from a message ends just this thread; ``Engine.shutdown()`` does
+    not stop it, and an interpreter that ends under a running forward dies of a segmentation fault.
+    """
+
+    def leave() -> None:
+        raise SystemExit
+
+    channel.call(leave, at="now", timeout_s=timeout_s)
+    worker = channel.scheduler.tp_worker
+    if (queue := getattr(worker, "input_queue", None)) is not None:
+        queue.put((None, None, None, None))  # what forward_thread_func_ takes for the end
+        worker.forward_thread.join(timeout_s)

@@ -1,0 +1,262 @@
+"""The heart: drop the KV cache's device buffers of a live engine, and rebuild them in place.
+
+    kv = KVCache(engine)
+    with kv.released() as freed:
+        train_step()            # freed.bytes of HBM are yours
+    engine.generate(...)        # goes on, without compiling
+
+States: ``resident`` → :meth:`KVCache.drop` → ``dropped`` → :meth:`KVCache.rebuild` → ``resident``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+from kvcycle import inband, memory
+from kvcycle.buffers import BufferSpec, Slot, ZeroAllocator, ZeroTester, bytes_by_device, find_slots
+from kvcycle.errors import KVCacheDroppedError, KVCacheStateError, RebuildError, UnknownBufferError
+from kvcycle.text import exact_bytes
+
+State = Literal["resident", "dropped"]
+
+
+@dataclass(frozen=True)
+class Freed:
+    """What a drop freed: bytes on every device, and how many buffers were deleted of how many.
+
+    ``missing_delete_method`` counts slots whose object could not be deleted; it is 0 unless something is wrong.
+    """
+
+    bytes: int
+    bytes_by_device: dict[int, int]
+    buffers: int
+    deleted_buffers: int
+    missing_delete_method: int
+
+
+class KVCache:
+    """The KV (and state) buffers of one in-process sglang-jax Engine, which can be dropped and rebuilt.
+
+    Works on any engine booted with ``enable_single_process=True``. Several of these on one engine are the same cache.
+    Attaching compiles the one call that the rebuild makes, so that a rebuild compiles nothing.
+
+    Raises:
+        UnsupportedEngineError: the engine's scheduler is out of reach, or a pool holds arrays in unknown places.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._channel = inband.channel_of(engine)
+        self._buffers = _buffers_of(self._channel)
+
+    @property
+    def state(self) -> State:
+        """``"resident"`` or ``"dropped"``."""
+        return self._buffers.state
+
+    @property
+    def buffers(self) -> int:
+        """How many device arrays the pools hold."""
+        return len(self._buffers.slots)
+
+    @property
+    def bytes_by_device(self) -> dict[int, int]:
+        """Device bytes of all buffers on each device when resident, by device id."""
+        return dict(self._buffers.bytes_by_device)
+
+    @property
+    def bytes(self) -> int:
+        """Device bytes of all buffers, summed over the devices."""
+        return sum(self._buffers.bytes_by_device.values())
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The places of the engine's pools that hold the buffers."""
+        return list(self._buffers.slots)
+
+    @property
+    def specs(self) -> list[BufferSpec]:
+        """Shape, dtype, sharding and committedness of the buffer in each slot, as found when attached."""
+        return list(self._buffers.specs)
+
+    def arrays(self) -> list[jax.Array]:
+        """The arrays in the slots now; [] while dropped. A forward replaces them, so do not hold on to them."""
+        return [slot.get() for slot in self._buffers.slots] if self.state == "resident" else []
+
+    def drop(self, *, wait_s: float | None = None) -> Freed:
+        """Delete the buffers and give their memory back.
+
+        The pipeline of finished requests is let drain and the prefix cache is flushed first: what the cache knew is
+        gone. Requests meanwhile raise :class:`~kvcycle.errors.KVCacheDroppedError` in their caller.
+
+        Args:
+            wait_s: wait this many seconds for queued and running requests, instead of refusing at once.
+
+        Raises:
+            EngineBusyError: requests are queued or running (with the counts); nothing was deleted.
+            KVCacheStateError: already dropped.
+        """
+        self._buffers.expect("resident", "dropped already", "call rebuild() first, or use `with kv.released():`")
+        return self._channel.call(
+            self._buffers.drop,
+            at="idle",
+            timeout_s=wait_s if wait_s is not None else _DRAIN_S,
+            wait_for_requests=wait_s is not None,
+        )
+
+    def rebuild(self) -> None:
+        """Allocate all buffers anew, as zeros, in the same slots of the same objects; compiles nothing.
+
+        Raises:
+            KVCacheStateError: not dropped.
+            RebuildError: not enough memory; nothing stays allocated, the cache stays dropped, and this may be called
+                again when room was made.
+        """
+        self._buffers.expect("dropped", "resident already", "there is nothing to rebuild before a drop()")
+        self._channel.call(self._buffers.rebuild, at="now", timeout_s=_REBUILD_S)
+
+    @contextmanager
+    def released(self, *, wait_s: float | None = None) -> Iterator[Freed]:
+        """Drop on the way in, rebuild on the way out, also when the block raises.
+
+        Should the rebuild fail as well, its :class:`~kvcycle.errors.RebuildError` is raised with the block's
+        exception as its context, so that both are told.
+        """
+        freed = self.drop(wait_s=wait_s)
+        try:
+            yield freed
+        finally:
+            self.rebuild()
+
+    def flush(self) -> None:
+        """Empty the prefix cache, once the pipeline of finished requests has drained; frees no device memory.
+
+        The engine's own ``flush_cache()`` refuses right after a ``generate()``, while the pipeline drains, and only
+        says so in its return value.
+        """
+        self._channel.call(lambda: inband.flush(self._channel.scheduler), at="idle", timeout_s=_DRAIN_S)
+
+    def nonzero_slots(self) -> list[str]:
+        """Paths of the slots that hold anything but zeros: [] right after a rebuild."""
+        return self._channel.call(self._buffers.nonzero_slots, at="now")
+
+
+#: How long finished requests may take to drain, and the longest that a rebuild may take.
+_DRAIN_S = 60.0
+_REBUILD_S = 600.0
+
+
+class _Buffers:
+    """The buffers as the scheduler's thread handles them; one per engine, shared by its KVCache objects."""
+
+    def __init__(self, channel: inband.Channel) -> None:
+        self.channel = channel
+        self.state: State = "resident"
+        self._state_lock = threading.Lock()
+        self.slots = find_slots(inband.pools_of(channel.engine))
+        if not self.slots:
+            raise UnknownBufferError("The engine's pools hold no device array, so there is nothing to drop.")
+        arrays = [slot.get() for slot in self.slots]
+        self.specs = [BufferSpec.of(array) for array in arrays]
+        self.bytes_by_device = bytes_by_device(arrays)
+        self.allocate = ZeroAllocator(self.specs)
+        self._nonzero = ZeroTester(self.specs)
+        self._refuse_requests_while_dropped()
+
+    def expect(self, state: State, otherwise: str, way_out: str) -> None:
+        if self.state != state:
+            raise KVCacheStateError(f"The KV cache is {otherwise}; {way_out}.")
+
+    def drop(self) -> Freed:
+        """On the scheduler's thread, idle: nothing is running and nothing can start before this returns."""
+        # Asked again here: of two callers that both found it resident, one comes second.
+        self.expect("resident", "dropped already", "another caller dropped it first; one rebuild() serves both")
+        scheduler = self.channel.scheduler
+        inband.flush(scheduler)
+        arrays = [slot.get() for slot in self.slots]
+        # A buffer in use by a pending computation would be freed later; a donated one has no bytes to sum.
+        jax.block_until_ready(arrays)
+        freed_by_device = bytes_by_device(arrays)
+        scheduler._engine_paused = True
+        self.state = "dropped"
+        deleted = missing = 0
+        for array in arrays:
+            delete = getattr(array, "delete", None)
+            if delete is None:
+                missing += 1
+                continue
+            delete()
+            deleted += array.is_deleted()
+        return Freed(
+            bytes=sum(freed_by_device.values()),
+            bytes_by_device=freed_by_device,
+            buffers=len(arrays),
+            deleted_buffers=deleted,
+            missing_delete_method=missing,
+        )
+
+    def rebuild(self) -> None:
+        """On the scheduler's thread."""
+        self.expect("dropped", "resident already", "another caller rebuilt it first")
+        try:
+            arrays = self.allocate()
+        except jax.errors.JaxRuntimeError as error:
+            raise self._no_room(error) from error
+        for slot, array in zip(self.slots, arrays, strict=True):
+            slot.set(array)
+        self.state = "resident"
+        self.channel.scheduler._engine_paused = False
+
+    def nonzero_slots(self) -> list[str]:
+        self.expect("resident", "dropped", "rebuild() first")
+        flags = self._nonzero([slot.get() for slot in self.slots])
+        return [slot.path for slot, nonzero in zip(self.slots, flags, strict=True) if nonzero]
+
+    def _no_room(self, error: Exception) -> RebuildError:
+        snapshot = memory.snapshot(largest=3)
+        needed = "; ".join(
+            f"device {device}: {exact_bytes(size)}" for device, size in self.bytes_by_device.items()
+        )
+        holders = ", ".join(f"{what} ({exact_bytes(size)})" for what, size in snapshot.largest_other)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return RebuildError(
+            f"The KV cache could not be rebuilt: {reason} It needs {needed}. The largest live arrays are {holders}. "
+            "It stays dropped: delete what is no longer needed, then call rebuild() again.",
+            dict(self.bytes_by_device),
+        )
+
+    def _refuse_requests_while_dropped(self) -> None:
+        """Let a request while dropped fail in its caller: in process, a waiting caller would wait for itself."""
+        manager = self.channel.engine.tokenizer_manager
+        original = manager.generate_request
+
+        async def generate_request(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            if self.state == "dropped":
+                raise KVCacheDroppedError(
+                    "The engine cannot serve a request: its KV cache is dropped. Call rebuild() on its KVCache, or "
+                    "leave the `with kv.released():` block, first."
+                )
+            async for chunk in original(*args, **kwargs):
+                yield chunk
+
+        manager.generate_request = generate_request
+
+
+_BUFFERS = "_kvcycle_buffers"
+_attach_lock = threading.Lock()
+
+
+def _buffers_of(channel: inband.Channel) -> _Buffers:
+    with _attach_lock:
+        found = getattr(channel, _BUFFERS, None)
+        if not isinstance(found, _Buffers):
+            # Walked on the scheduler's thread when idle: a forward would hold the arrays.
+            found = channel.call(lambda: _Buffers(channel), at="idle", timeout_s=_REBUILD_S)
+            setattr(channel, _BUFFERS, found)
+        return found

@@ -1,0 +1,176 @@
+"""What is in use where, by three witnesses that do not share a source.
+
+``allocator`` is the device's own ``memory_stats()`` (TPU, GPU; None on CPU). ``ledger`` sums the shards of all live
+arrays, each buffer once, and splits them by owner; it is exact everywhere. ``rss`` is the process's resident memory,
+which follows on CPU.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import psutil
+
+from kvcycle.record import OWNERS, DeviceUse, Owner
+
+#: (device id, buffer address, bytes) of every shard of one array.
+_Shards = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class MemorySnapshot:
+    """Memory in use at one moment: per device (ledger, allocator, by owner) and the process's resident bytes."""
+
+    t_s: float
+    devices: tuple[DeviceUse, ...]
+    rss_bytes: int | None
+    #: Largest live arrays that no owner claims, largest first: (description, bytes over all devices).
+    largest_other: tuple[tuple[str, int], ...] = field(default=())
+
+    @property
+    def ledger_bytes_sum(self) -> int:
+        """The ledger summed over the devices."""
+        return sum(device.ledger_bytes for device in self.devices)
+
+    def bytes_of(self, owner: Owner) -> int:
+        """What one owner holds, summed over the devices."""
+        return sum(device.by_owner.get(owner, 0) for device in self.devices)
+
+
+class Ledger:
+    """Reads the shards of arrays, remembering them: asking a shard for its address costs more than all the sums."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Any], _Shards]] = {}
+        self._lock = threading.Lock()
+
+    def shards(self, array: jax.Array) -> _Shards:
+        """The shards of a live array on its devices' own memory; () for a deleted array or one in host memory.
+
+        Waits for an array that is still being computed: its address is not known before.
+        """
+        if array.is_deleted():
+            return ()
+        with self._lock:
+            known = self._known.get(id(array))
+        if known is not None and known[0]() is array:
+            return known[1]
+        shards = self._read(array)
+        key = id(array)
+
+        def forget(_: Any, known: dict[int, Any] = self._known) -> None:
+            known.pop(key, None)
+
+        with self._lock:
+            self._known[key] = (weakref.ref(array, forget), shards)
+        return shards
+
+    @staticmethod
+    def _read(array: jax.Array) -> _Shards:
+        try:
+            if _in_host_memory(array):
+                return ()
+            array.block_until_ready()
+            return tuple(
+                (shard.device.id, shard.data.unsafe_buffer_pointer(), shard.data.on_device_size_in_bytes())
+                for shard in array.addressable_shards
+            )
+        except RuntimeError:
+            # Another thread deleted or donated it since live_arrays() listed it: it is no longer in use.
+            if array.is_deleted():
+                return ()
+            raise
+
+
+def _in_host_memory(array: jax.Array) -> bool:
+    """Whether a live array sits in a memory that is not its device's own (pinned_host on a TPU)."""
+    kind = array.sharding.memory_kind
+    if kind is None:
+        return False
+    device = next(iter(array.sharding.device_set))
+    return bool(kind != device.default_memory().kind)
+
+
+_ledger = Ledger()
+
+
+def snapshot(
+    owners: Mapping[Owner, Iterable[jax.Array]] | None = None,
+    *,
+    devices: Iterable[jax.Device] | None = None,
+    largest: int = 0,
+) -> MemorySnapshot:
+    """Take stock of this process's devices.
+
+    Args:
+        owners: arrays by owner; a live buffer that none of them holds is ``other``. A buffer held by two owners is
+            the first one's.
+        devices: the devices to report; all local ones by default.
+        largest: how many of the largest unowned arrays to name.
+    """
+    local = list(devices) if devices is not None else jax.local_devices()
+    owner_of: dict[tuple[int, int], Owner] = {}
+    for owner, arrays in (owners or {}).items():
+        for array in arrays:
+            for device_id, address, size in _ledger.shards(array):
+                if size:
+                    owner_of.setdefault((device_id, address), owner)
+    use: dict[int, dict[Owner, int]] = {device.id: dict.fromkeys(OWNERS, 0) for device in local}
+    counted: set[tuple[int, int]] = set()
+    unowned: list[tuple[str, int]] = []
+    # Ordered so that a whole array is met before the single-device views that reading its shards leaves alive: then
+    # the largest unowned arrays are named whole.
+    for array in sorted(jax.live_arrays(), key=lambda a: -len(a.sharding.device_set)):
+        unowned_bytes = 0
+        for device_id, address, size in _ledger.shards(array):
+            place = (device_id, address)
+            if not size or place in counted or device_id not in use:
+                continue
+            counted.add(place)
+            owner = owner_of.get(place, "other")
+            use[device_id][owner] += size
+            if owner == "other":
+                unowned_bytes += size
+        if largest and unowned_bytes:
+            unowned.append((f"{array.dtype}{list(array.shape)}", unowned_bytes))
+    return MemorySnapshot(
+        t_s=time.perf_counter(),
+        devices=tuple(
+            DeviceUse(
+                id=device.id,
+                ledger_bytes=sum(use[device.id].values()),
+                allocator_bytes=allocator_bytes(device),
+                by_owner=use[device.id],
+            )
+            for device in local
+        ),
+        rss_bytes=rss_bytes(),
+        largest_other=tuple(sorted(unowned, key=lambda entry: -entry[1])[:largest]),
+    )
+
+
+def allocator_bytes(device: jax.Device) -> int | None:
+    """The device's own ``bytes_in_use``; None where it keeps no statistics or none of that name."""
+    stats = device.memory_stats()
+    value = stats.get("bytes_in_use") if stats else None
+    return int(value) if value is not None else None
+
+
+def limit_bytes(device: jax.Device) -> int | None:
+    """The device's capacity by its own word (``bytes_limit``); None where it does not say."""
+    stats = device.memory_stats()
+    value = stats.get("bytes_limit") if stats else None
+    return int(value) if value is not None else None
+
+
+def rss_bytes() -> int | None:
+    """The process's resident memory where device memory is host memory (CPU); None on accelerators."""
+    if jax.default_backend() != "cpu":
+        return None
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,187 @@
+"""A second parameter set: cloned into the freed memory, swapped into the live engine and back.
+
+sglang-jax holds its weights twice: the list ``model_runner.model_state_leaves``, which every forward reads, and the
+parameters of ``model_runner.model``. A swap replaces both, or the engine would keep deleted arrays (or answer with the
+old ones after its next flatten).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from kvcycle import inband
+from kvcycle.buffers import bytes_by_device
+from kvcycle.errors import ParamSetError
+from kvcycle.text import exact_bytes
+
+Transform = Callable[[jax.Array], jax.Array]
+
+
+def perturbed(amount: float) -> Transform:
+    """A transform that turns ``x`` into ``x + amount * |x|`` for floating x: elementwise, so shardings stay."""
+
+    def transform(x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.copy(x)
+        return (x + amount * jnp.abs(x)).astype(x.dtype)
+
+    return transform
+
+
+@dataclass(frozen=True)
+class ParamSet:
+    """A parameter set with the structure and the shardings of an engine's: ``leaves`` in the runner's own order."""
+
+    leaves: tuple[jax.Array, ...]
+
+    @classmethod
+    def of(cls, engine: Any) -> Self:
+        """The engine's own set, as it is: no copy."""
+        return cls(tuple(inband.runner_of(engine).model_state_leaves))
+
+    @classmethod
+    def clone(cls, engine: Any, transform: Transform | None = None) -> Self:
+        """A second set in memory of its own: a copy of the engine's weights, or ``transform`` of each leaf.
+
+        Raises:
+            ParamSetError: there is no room for it; nothing stays allocated.
+        """
+        source = cls.of(engine).leaves
+        apply = transform or jnp.copy
+        # jit would hand an untouched argument through as the same buffer; copy() does not.
+        make = jax.jit(
+            lambda leaves: [apply(leaf) for leaf in leaves], out_shardings=[leaf.sharding for leaf in source]
+        )
+        try:
+            leaves = jax.block_until_ready(make(list(source)))
+        except jax.errors.JaxRuntimeError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ParamSetError(
+                f"A second parameter set of {exact_bytes(cls(source).bytes)} could not be allocated: {reason}"
+            ) from error
+        return cls(tuple(leaves))
+
+    @property
+    def bytes_by_device(self) -> dict[int, int]:
+        """Device bytes by device id, replicated leaves counted on every device that holds them."""
+        return bytes_by_device(self.leaves)
+
+    @property
+    def bytes(self) -> int:
+        """Device bytes summed over the devices."""
+        return sum(self.bytes_by_device.values())
+
+    def delete(self) -> None:
+        """Free the set's memory. Never the set an engine is running on."""
+        for leaf in self.leaves:
+            leaf.delete()
+
+    def buffers(self) -> list[tuple[int, int]]:
+        """(device id, address) of every shard."""
+        return [
+            (shard.device.id, shard.data.unsafe_buffer_pointer()) for leaf in self.leaves
+            for shard in leaf.addressable_shards
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How much of a given set an engine really uses, by identity of the arrays (the SOP's --verify-param-sharing).
+
+    ``runner_shared`` of ``leaves`` are in the list that forwards read, ``model_shared`` of ``model_params`` in the
+    model object.
+    """
+
+    leaves: int
+    runner_shared: int
+    model_params: int
+    model_shared: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether the engine uses the set and nothing else."""
+        return self.runner_shared == self.leaves and self.model_shared == self.model_params
+
+
+def sharing(engine: Any, params: ParamSet) -> Sharing:
+    """Compare the arrays an engine uses with a set's, by identity."""
+    runner = inband.runner_of(engine)
+    given = {id(leaf) for leaf in params.leaves}
+    model = [variable.get_value() for variable in _model_variables(runner)]
+    return Sharing(
+        leaves=len(params.leaves),
+        runner_shared=sum(
+            used is leaf for used, leaf in zip(runner.model_state_leaves, params.leaves, strict=False)
+        ),
+        model_params=len(model),
+        model_shared=sum(id(array) in given for array in model),
+    )
+
+
+def swap(engine: Any, params: ParamSet) -> ParamSet:
+    """Let the engine run on ``params`` from now on; returns the set it ran on before.
+
+    Runs between two iterations of the scheduler when idle, and flushes the prefix cache: keys and values computed
+    with other weights would be stale. Compiles nothing if the shardings are the engine's.
+
+    Raises:
+        ParamSetError: a leaf differs in number, shape, dtype or sharding; nothing was changed.
+        EngineBusyError: requests are queued or running.
+    """
+    channel = inband.channel_of(engine)
+    return channel.call(lambda: _swap(channel, params), at="idle")
+
+
+@contextmanager
+def swapped(engine: Any, params: ParamSet) -> Iterator[ParamSet]:
+    """Run on ``params`` in a ``with`` block, and on the former set again after it."""
+    before = swap(engine, params)
+    try:
+        yield before
+    finally:
+        swap(engine, before)
+
+
+def _swap(channel: inband.Channel, params: ParamSet) -> ParamSet:
+    runner = inband.runner_of(channel.engine)
+    before = ParamSet(tuple(runner.model_state_leaves))
+    _check_same_layout(before, params)
+    inband.flush(channel.scheduler)
+    successor = {id(old): new for old, new in zip(before.leaves, params.leaves, strict=True)}
+    for variable in _model_variables(runner):
+        if (new := successor.get(id(variable.get_value()))) is not None:
+            variable.set_value(new)
+    # A new list: SGLANG_JAX_AOT_DISPATCH=1 compares the list it was given with this one, by identity.
+    runner.model_state_leaves = list(params.leaves)
+    return before
+
+
+def _model_variables(runner: Any) -> list[Any]:
+    """The model object's own variables that hold device arrays."""
+    from flax import nnx
+
+    _, state = nnx.split(runner.model)
+    graph = nnx.iter_graph(runner.model)
+    del state
+    return [
+        node for _, node in graph if isinstance(node, nnx.Variable) and isinstance(node.get_value(), jax.Array)
+    ]  # fmt: skip
+
+
+def _check_same_layout(ours: ParamSet, given: ParamSet) -> None:
+    if len(ours.leaves) != len(given.leaves):
+        raise ParamSetError(f"The engine has {len(ours.leaves)} parameter arrays, the given set {len(given.leaves)}.")
+    for index, (mine, new) in enumerate(zip(ours.leaves, given.leaves, strict=True)):
+        if new.is_deleted():
+            raise ParamSetError(f"Array {index} of the given set is deleted.")
+        if (mine.shape, mine.dtype, mine.sharding) != (new.shape, new.dtype, new.sharding):
+            raise ParamSetError(
+                f"Array {index} of the given set is {new.dtype}{list(new.shape)} as {new.sharding}, the engine's is "
+                f"{mine.dtype}{list(mine.shape)} as {mine.sharding}; the engine would compile anew, or fail."
+            )

@@ -1,0 +1,75 @@
+"""Puts the process on a platform before jax is imported: a real TPU, or N virtual CPU devices."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from contextlib import suppress
+
+from kvcycle.errors import PlatformError
+from kvcycle.profile import Platform
+
+_DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+
+#: glibc's M_MMAP_THRESHOLD (malloc.h). Set, it is also fixed: glibc stops raising it after the first large free.
+_M_MMAP_THRESHOLD = -3
+_MAPPED_FROM_BYTES = 1 << 20
+
+
+def prepare(platform: Platform, devices: int) -> None:
+    """Set the environment so that jax comes up on ``platform`` with at least ``devices`` devices.
+
+    Must run before jax is imported. Where jax is already imported, it is checked instead.
+
+    Raises:
+        PlatformError: jax is already imported and runs on another platform, or with fewer devices.
+    """
+    if "jax" in sys.modules:
+        _check_imported(platform, devices)
+    elif platform == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["XLA_FLAGS"] = _with_device_count(os.environ.get("XLA_FLAGS", ""), devices)
+    if platform == "cpu":
+        map_large_allocations()
+
+
+def _with_device_count(flags: str, devices: int) -> str:
+    kept = re.sub(rf"\s*{_DEVICE_COUNT_FLAG}=\d+", "", flags)
+    return f"{kept} {_DEVICE_COUNT_FLAG}={devices}".strip()
+
+
+def _check_imported(platform: Platform, devices: int) -> None:
+    import jax
+
+    actual = jax.default_backend()
+    if actual != platform or len(jax.devices()) < devices:
+        raise PlatformError(
+            f"jax was imported before kvcycle could choose its platform: it runs on {len(jax.devices())} "
+            f"{actual} device(s), but {devices} {platform} device(s) are needed. Start a new process, or set "
+            f"JAX_PLATFORMS={platform}"
+            + (f" and XLA_FLAGS={_DEVICE_COUNT_FLAG}={devices}" if platform == "cpu" else "")
+            + " before anything imports jax."
+        )
+
+
+def map_large_allocations() -> None:
+    """Let every allocation of 1 MiB and more be its own memory mapping, so that resident memory follows a free.
+
+    glibc otherwise raises its mmap threshold at the first large free and keeps later buffers on its heap: of 2,304 MiB
+    freed as little as 1,120 then went back to the system, and the ``rss`` witness would be wrong. Does nothing where
+    the C library is not glibc.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
+
+
+def tpu_is_present() -> bool:
+    """Whether jax finds a TPU; starts jax's backends, so call :func:`prepare` first."""
+    import jax
+
+    try:
+        return any(device.platform == "tpu" for device in jax.devices("tpu"))
+    except RuntimeError:
+        return False

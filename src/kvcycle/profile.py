@@ -1,0 +1,331 @@
+"""Profiles: which model, engine arguments, cycle, tolerances and thresholds make one validation run.
+
+A profile is a TOML file. Everything about it that can be wrong is said in one sentence before an engine boots: unknown
+keys with the nearest known one, an impossible tp_size, a missing model folder.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvcycle import checkpoint
+from kvcycle.errors import ProfileError
+
+Platform = Literal["tpu", "cpu"]
+
+#: Engine arguments that kvcycle decides itself: the cycle needs the engine in this process.
+_RESERVED_ENGINE_KEYS = {
+    "model_path": "set model.path instead",
+    "device": "the platform decides it (--kv-platform)",
+    "enable_single_process": "the cycle needs the engine in its own process",
+}
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(_Table):
+    """Where the weights are: a folder, a hub id, or ``builtin:NAME`` for a checkpoint that kvcycle writes."""
+
+    path: str
+    seed: int = 0
+
+
+class EngineArgs(BaseModel):
+    """Arguments of sglang-jax's Engine; any field of its ServerArgs may stand here, these are checked for sense."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    tp_size: int = Field(default=1, ge=1)
+    dp_size: int = Field(default=1, ge=1)
+    page_size: int = Field(default=1, ge=1)
+    max_total_tokens: int | None = Field(default=None, ge=1)
+    disable_precompile: bool = True
+    skip_server_warmup: bool = True
+    random_seed: int = 0
+
+
+class OnCPU(_Table):
+    """What differs when the suite runs on virtual CPU devices."""
+
+    engine: dict[str, Any] = Field(default_factory=lambda: {"attention_backend": "native"})
+
+
+class CycleSpec(_Table):
+    """What one run does: how many cycles, which prompt, what the second parameter set is."""
+
+    cycles: int = Field(default=2, ge=1)
+    generate: bool = True
+    prompt: str = "Hello"
+    max_new_tokens: int = Field(default=16, ge=1)
+    warm_generates: int = Field(default=3, ge=1)
+    #: The second set is ``x + perturb * |x|`` of the first: it must change the output when swapped in.
+    perturb: float = Field(default=0.5, gt=0)
+    #: Drops once more with jax.clear_caches(), and must see the compilations and the latency that this causes.
+    recompile_control: bool = True
+    #: Bytes allocated and freed on each device to see that every witness sees.
+    canary_bytes: int = Field(default=16 * 2**20, ge=2**12)
+
+
+class Tolerances(_Table):
+    """How far a witness may be off. The ledger has none: it is exact."""
+
+    allocator_bytes: int = Field(default=0, ge=0)
+    rss_fraction: float = Field(default=0.02, ge=0, lt=1)
+    #: Of the log-probabilities before and after; 0 means bit-equal.
+    logprob: float = Field(default=0.0, ge=0)
+
+
+class Thresholds(_Table):
+    """Latency after the rebuild, against this machine's own warm and cold times; and when output counts as varied."""
+
+    latency_factor_of_warm: float = Field(default=3.0, gt=1)
+    latency_fraction_of_cold: float = Field(default=0.5, gt=0, lt=1)
+    min_distinct_tokens: int = Field(default=6, ge=2)
+
+
+class Timeouts(_Table):
+    """Deadlines in seconds; what does not answer by then is an error that says what was waited for."""
+
+    boot_s: float = Field(default=900.0, gt=0)
+    drain_s: float = Field(default=60.0, gt=0)
+
+
+class Profile(_Table):
+    """A whole validation run; see the classes of its tables."""
+
+    name: str
+    description: str = ""
+    model: ModelSpec
+    engine: EngineArgs = EngineArgs()
+    on_cpu: OnCPU = OnCPU()
+    cycle: CycleSpec = CycleSpec()
+    tolerances: Tolerances = Tolerances()
+    thresholds: Thresholds = Thresholds()
+    timeouts: Timeouts = Timeouts()
+
+    def engine_args(self, platform: Platform) -> dict[str, Any]:
+        """The engine arguments for a platform, without the model's path."""
+        arguments = self.engine.model_dump()
+        if platform == "cpu":
+            arguments |= self.on_cpu.engine
+        return arguments | {"device": platform}
+
+    @property
+    def devices_needed(self) -> int:
+        """How many devices the engine spans: tp_size (data-parallel ranks share them)."""
+        return self.engine.tp_size
+
+    def model_folder(self) -> Path | None:
+        """The local folder of the model, written first if it is built in; None for a hub id.
+
+        Raises:
+            ProfileError: the folder does not exist, has no config.json, or cannot be written.
+        """
+        path = self.model.path
+        if path.startswith(checkpoint.BUILTIN_PREFIX):
+            name = path.removeprefix(checkpoint.BUILTIN_PREFIX)
+            if name not in checkpoint.BUILTIN:
+                raise ProfileError(
+                    f"model.path={path!r}: there is no built-in checkpoint of that name{_nearest(name, checkpoint.BUILTIN)}."
+                )
+            try:
+                return checkpoint.ensure_builtin(name, seed=self.model.seed)
+            except OSError as error:
+                raise ProfileError(
+                    f"The checkpoint {path!r} cannot be written to {checkpoint.cache_root()}: {error}. "
+                    "Set KVCYCLE_CACHE to a folder that can be written."
+                ) from error
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise ProfileError(f"model.path={path!r} is a folder without a config.json, so it is no checkpoint.")
+            return folder.resolve()
+        if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+            raise ProfileError(
+                f"model.path={path!r} does not exist; name a folder with a config.json, a hub id (org/name), "
+                f"or one of {', '.join(checkpoint.BUILTIN_PREFIX + name for name in checkpoint.BUILTIN)}."
+            )
+        return None
+
+    def model_config_json(self) -> dict[str, Any] | None:
+        """The model's config.json, None for a hub id that was not resolved to a folder."""
+        folder = self.model_folder()
+        if folder is None:
+            return None
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ProfileError(f"The model's {folder / 'config.json'} cannot be read: {error}.") from error
+        if not isinstance(config, dict):
+            raise ProfileError(f"The model's {folder / 'config.json'} is no JSON object.")
+        return config
+
+    def check_geometry(self, platform: Platform) -> None:
+        """Refuse, in a sentence, what the engine could not run: cheap, and before anything boots.
+
+        Raises:
+            ProfileError: tp_size, dp_size, page_size or attention_backend do not fit the model or the platform.
+        """
+        engine = self.engine_args(platform)
+        tp, dp, page = engine["tp_size"], engine["dp_size"], engine["page_size"]
+        if tp % dp:
+            raise ProfileError(f"engine.dp_size={dp} does not divide engine.tp_size={tp}; every rank needs as many devices.")
+        tokens = engine["max_total_tokens"]
+        if tokens is not None and tokens < page:
+            raise ProfileError(f"engine.max_total_tokens={tokens} is less than one page (engine.page_size={page}).")
+        if platform == "cpu" and engine.get("attention_backend") != "native":
+            raise ProfileError(
+                f"engine.attention_backend={engine.get('attention_backend')!r} does not run on CPU; "
+                "set on_cpu.engine.attention_backend='native'."
+            )
+        config = self.model_config_json()
+        if config is None:
+            return
+        heads = config.get("num_attention_heads")
+        if isinstance(heads, int) and heads % (tp // dp):
+            fitting = ", ".join(str(n * dp) for n in range(1, heads + 1) if heads % n == 0)
+            raise ProfileError(
+                f"engine.tp_size={tp} does not divide the model's {heads} attention heads"
+                f"{f' (tp_size/dp_size = {tp // dp})' if dp > 1 else ''}; use one of {fitting}."
+            )
+
+
+def profile_folders() -> list[Path]:
+    """Where profiles are looked up by name: the source tree's ``profiles/``, else those shipped in the package."""
+    here = Path(__file__).resolve().parent
+    return [folder for folder in (here.parents[1] / "profiles", here / "_profiles") if folder.is_dir()]
+
+
+def profile_names() -> list[str]:
+    """The names of all profiles that come with kvcycle."""
+    return sorted({path.stem for folder in profile_folders() for path in folder.glob("*.toml")})
+
+
+def load_profile(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Profile:
+    """Load a profile by name or path, with overrides by dotted key.
+
+    Example:
+        ``load_profile("tiny", {"engine.page_size": 16})``
+
+    Raises:
+        ProfileError: no such profile, a broken file, an unknown key, or a value of the wrong kind.
+    """
+    path = _find(str(name_or_path))
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"The profile {path} cannot be read: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ProfileError(f"The profile {path} is not valid TOML: {error}.") from error
+    for key, value in (overrides or {}).items():
+        _set(raw, key, value)
+    try:
+        profile = Profile.model_validate(raw)
+    except ValidationError as error:
+        raise ProfileError(_sentence(error, str(name_or_path))) from error
+    for table, arguments in (("engine", raw.get("engine", {})), ("on_cpu.engine", profile.on_cpu.engine)):
+        _check_engine_keys(table, arguments)
+    return profile
+
+
+def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
+    """Turn ``KEY=VALUE`` texts into overrides; a value is read as TOML, and as plain text where it is none.
+
+    Raises:
+        ProfileError: an assignment without ``=``, or without a key.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ProfileError(f"{assignment!r} is not KEY=VALUE, for example engine.page_size=16.")
+        try:
+            overrides[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[key.strip()] = text
+    return overrides
+
+
+def _find(name: str) -> Path:
+    if name.endswith(".toml") or "/" in name:
+        if not Path(name).is_file():
+            raise ProfileError(f"There is no profile file {name!r}.")
+        return Path(name)
+    for folder in profile_folders():
+        if (path := folder / f"{name}.toml").is_file():
+            return path
+    known = profile_names()
+    raise ProfileError(f"There is no profile {name!r}{_nearest(name, known)}; there are: {', '.join(known)}.")
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    *tables, last = key.split(".")
+    here = raw
+    for table in tables:
+        here = here.setdefault(table, {})
+        if not isinstance(here, dict):
+            raise ProfileError(f"{key} cannot be set: {table} is a value, not a table.")
+    here[last] = value
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        table: Any = Profile
+        for part in first["loc"][:-1]:
+            table = table.model_fields[part].annotation
+        return f"Profile {source!r} has no key {key!r}{_nearest(str(first['loc'][-1]), table.model_fields)}."
+    if first["type"] == "missing":
+        return f"Profile {source!r} lacks the key {key!r}."
+    return f"Profile {source!r}: {key}={first['input']!r} will not do: {first['msg']}."
+
+
+def _check_engine_keys(table: str, arguments: Mapping[str, Any]) -> None:
+    known = server_args_fields()
+    for key in arguments:
+        if key in _RESERVED_ENGINE_KEYS:
+            raise ProfileError(f"{table}.{key} cannot be set: {_RESERVED_ENGINE_KEYS[key]}.")
+        if known and key not in known:
+            raise ProfileError(
+                f"{table}.{key} is no argument of the installed sglang-jax{_nearest(key, known)}."
+            )
+
+
+@cache
+def server_args_fields() -> frozenset[str]:
+    """The field names of the installed sglang-jax's ServerArgs, read from its source: importing it would import jax.
+
+    Empty where sglang-jax is not installed; then engine keys go unchecked until the boot.
+    """
+    try:
+        spec = importlib.util.find_spec("sgl_jax.srt.server_args")
+    except ModuleNotFoundError:
+        return frozenset()
+    if spec is None or spec.origin is None:
+        return frozenset()
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return frozenset(
+        statement.target.id
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "ServerArgs"
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    )
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}" if close else ""

@@ -1,0 +1,367 @@
+"""The Record: everything one run measured, as data. Every check and every report reads this and nothing else.
+
+A run on a TPU, a run on virtual CPU devices and the TPU compiler's prediction all produce a ``Record``. It is plain
+JSON with a schema number, so that a record from a VM can be judged again and drawn again anywhere. All byte counts are
+exact integers; times are seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kvcycle.errors import RecordError
+
+SCHEMA = 1
+
+Evidence = Literal["measured-on-tpu", "measured-on-gpu", "simulated-on-cpu", "compiled-for-tpu"]
+Witness = Literal["ledger", "allocator", "rss"]
+Owner = Literal["weights", "kv", "params2", "other"]
+Outcome = Literal["pass", "fail", "inconclusive", "not-run"]
+When = Literal[
+    "cold", "warm", "prefix_hit", "after_rebuild", "with_params2", "after_swap_back", "after_clear_caches"
+]
+PhaseName = Literal[
+    "engine_ready",
+    "generate_result",
+    "flush_cache_before_kv_drop",
+    "kv_cache_dropped",
+    "sglang_param_dict2_ready",
+    "kv_cache_rebuilt",
+    "generate_result_after_kv_rebuild",
+    "after_drop_param_dict2",
+]
+
+OWNERS: tuple[Owner, ...] = ("weights", "kv", "params2", "other")
+PHASES: tuple[PhaseName, ...] = (
+    "engine_ready",
+    "generate_result",
+    "flush_cache_before_kv_drop",
+    "kv_cache_dropped",
+    "sglang_param_dict2_ready",
+    "kv_cache_rebuilt",
+    "generate_result_after_kv_rebuild",
+    "after_drop_param_dict2",
+)
+
+Bytes = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Stack(_Part):
+    """Versions of what was run; ``libtpu`` is None where it is not installed."""
+
+    kvcycle: str
+    jax: str
+    jaxlib: str
+    sglang_jax: str
+    python: str
+    libtpu: str | None = None
+
+
+class Device(_Part):
+    """One accelerator (or virtual) device; ``limit_bytes`` is its capacity, None where nothing states one."""
+
+    id: Count
+    kind: str
+    limit_bytes: Bytes | None = None
+
+
+class Compiles(_Part):
+    """Work the compiler did in a span, process-wide: traces, lowerings, backend compilations, persistent-cache hits."""
+
+    trace: Count = 0
+    lower: Count = 0
+    backend: Count = 0
+    cache_hits: Count = 0
+
+    @property
+    def any_work(self) -> int:
+        """Lowerings plus backend compilations: what a generate after a warm one must not cause."""
+        return self.lower + self.backend
+
+
+class DeviceUse(_Part):
+    """Bytes in use on one device at one moment, by every witness that speaks for a device.
+
+    ``ledger_bytes`` sums the shards of the live arrays, each buffer once; ``allocator_bytes`` is the device's own
+    ``bytes_in_use`` or None where it keeps no statistics; ``by_owner`` splits the ledger.
+    """
+
+    id: Count
+    ledger_bytes: Bytes
+    allocator_bytes: Bytes | None = None
+    by_owner: dict[Owner, Bytes] = Field(default_factory=dict)
+
+
+class Layout(_Part):
+    """What a device buffer is, short of its contents."""
+
+    shape: tuple[Count, ...]
+    dtype: str
+    sharding: str
+    memory_kind: str
+    committed: bool
+    weak_type: bool
+
+
+class DropInfo(_Part):
+    """What the drop did: how many buffers there were, were deleted, and could not be."""
+
+    kind: Literal["drop"] = "drop"
+    buffers: Count
+    deleted_buffers: Count
+    missing_delete_method: Count
+    bytes_by_device: dict[int, Bytes]
+
+
+class Params2Info(_Part):
+    """The second parameter set: what was asked for, what of it aliases the first, and the error if it did not fit."""
+
+    kind: Literal["params2"] = "params2"
+    arrays: Count
+    requested_bytes_by_device: dict[int, Bytes]
+    buffers: Count
+    buffers_shared_with_engine: Count
+    error: str | None = None
+
+
+class RebuildInfo(_Part):
+    """The rebuild: every slot's layout before and after, and what is no longer where it was."""
+
+    kind: Literal["rebuild"] = "rebuild"
+    layouts_before: dict[str, Layout]
+    layouts_after: dict[str, Layout]
+    moved_owners: tuple[str, ...] = ()
+    nonzero_slots: tuple[str, ...] = ()
+
+
+PhaseInfo = Annotated[DropInfo | Params2Info | RebuildInfo, Field(discriminator="kind")]
+
+
+class Phase(_Part):
+    """One phase of the cycle: when it ended, how long it took, and what was in use then."""
+
+    name: PhaseName
+    t_s: Seconds
+    seconds: Seconds
+    rss_bytes: Bytes | None = None
+    devices: tuple[DeviceUse, ...]
+    ledger_bytes_sum: Bytes
+    compiles: Compiles = Compiles()
+    info: PhaseInfo | None = None
+
+    @model_validator(mode="after")
+    def _sum_is_the_sum(self) -> Phase:
+        total = sum(device.ledger_bytes for device in self.devices)
+        if total != self.ledger_bytes_sum:
+            raise ValueError(f"ledger_bytes_sum is {self.ledger_bytes_sum} but the devices add up to {total}")
+        return self
+
+    def device(self, device_id: int) -> DeviceUse | None:
+        """The use of one device, None if this phase has no sample of it."""
+        return next((use for use in self.devices if use.id == device_id), None)
+
+
+class SwapInfo(_Part):
+    """The second set given to the engine and taken back: of ``leaves``, how many the engine then really used.
+
+    ``runner_shared`` counts the runner's state leaves that *are* the given arrays, ``model_shared`` the model's own
+    parameters; ``restored`` counts the leaves that are the first set's arrays again after the swap back.
+    """
+
+    leaves: Count
+    runner_shared: Count
+    model_shared: Count
+    model_params: Count
+    restored: Count
+
+
+class Cycle(_Part):
+    """One pass through the phases, in their order."""
+
+    phases: tuple[Phase, ...]
+    swap: SwapInfo | None = None
+
+    def phase(self, name: PhaseName) -> Phase | None:
+        """The phase of that name, None if the cycle did not reach it."""
+        return next((phase for phase in self.phases if phase.name == name), None)
+
+
+class Generate(_Part):
+    """One greedy generation: its tokens, what the prefix cache supplied, and what the compiler did meanwhile."""
+
+    when: When
+    cycle: Count
+    seconds: Seconds
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Finite, ...] = ()
+    cached_tokens: Count = 0
+    compiles: Compiles = Compiles()
+
+
+class Pool(_Part):
+    """One pool object of the engine and what it holds."""
+
+    type: str
+    buffers: Count
+    bytes: Bytes
+
+
+class KV(_Part):
+    """The KV (and state) buffers: what the shards add up to, what was predicted and by whom, what the engine claims."""
+
+    buffers: Count
+    bytes: Bytes
+    bytes_by_device: dict[int, Bytes]
+    predicted_bytes: Bytes | None = None
+    predicted_bytes_by_device: dict[int, Bytes] | None = None
+    predicted_by: str | None = None
+    predicted_how: str | None = None
+    claimed_bytes: Bytes | None = None
+    pools: tuple[Pool, ...] = ()
+
+
+class Params(_Part):
+    """The engine's weights: how many arrays, and their bytes summed over devices and by device."""
+
+    arrays: Count
+    bytes_on_devices: Bytes
+    bytes_by_device: dict[int, Bytes] = Field(default_factory=dict)
+
+
+class Boot(_Part):
+    """What the boot cost and what each witness saw of it; absent when the user booted the engine."""
+
+    seconds: Seconds
+    before: tuple[DeviceUse, ...]
+    after: tuple[DeviceUse, ...]
+    compiles: Compiles = Compiles()
+
+
+class Canary(_Part):
+    """A known allocation, made and freed: what each witness saw of it (the control of every memory check).
+
+    ``rise_bytes`` and ``fall_bytes`` are None where the witness does not speak; ``device`` is None for the process.
+    """
+
+    witness: Witness
+    device: Count | None
+    allocated_bytes: Bytes
+    rise_bytes: int
+    fall_bytes: int
+
+
+class Verdict(_Part):
+    """One check's word on one scope: what was expected, what was measured, by which witness, and what it means."""
+
+    id: str
+    scope: str
+    witness: Witness | None = None
+    verdict: Outcome
+    expected: int | float | str | None = None
+    measured: int | float | str | None = None
+    unit: str = ""
+    message: str
+    causes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """``cycle0-device2-ledger``: the scope and the witness, as test ids write it."""
+        return f"{self.scope}-{self.witness}" if self.witness else self.scope
+
+
+class Record(_Part):
+    """One run: what was run, on what, what was measured, and the verdicts on it."""
+
+    schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
+    evidence: Evidence
+    created: str
+    profile: dict[str, Any]
+    stack: Stack
+    devices: tuple[Device, ...]
+    kv: KV
+    params: Params
+    boot: Boot | None = None
+    canaries: tuple[Canary, ...] = ()
+    cycles: tuple[Cycle, ...] = ()
+    generates: tuple[Generate, ...] = ()
+    checks: tuple[Verdict, ...] = ()
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    def generates_when(self, when: When, cycle: int | None = None) -> list[Generate]:
+        """The generations of one kind, of one cycle or of all, in order."""
+        return [g for g in self.generates if g.when == when and (cycle is None or g.cycle == cycle)]
+
+    def phases(self, name: PhaseName) -> Iterator[tuple[int, Phase]]:
+        """(cycle index, phase) of every cycle that has the phase."""
+        for index, cycle in enumerate(self.cycles):
+            if (phase := cycle.phase(name)) is not None:
+                yield index, phase
+
+    def to_json(self) -> str:
+        """The record as indented JSON."""
+        return self.model_dump_json(by_alias=True, indent=1)
+
+    def save(self, path: Path) -> None:
+        """Write the record to ``path`` atomically: a reader, or a crash, never meets half a file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(self.to_json() + "\n")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read a record.
+
+        Raises:
+            RecordError: the file cannot be read, is no JSON, has another schema number, or does not validate; the
+                sentence names the file and the first place that is wrong.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecordError(f"The record {path} cannot be read: {error}.") from error
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise RecordError(f"{path} is not JSON ({error}); was the file cut off?") from error
+        if not isinstance(raw, dict):
+            raise RecordError(f"{path} holds a JSON {type(raw).__name__}, not a record.")
+        if raw.get("schema") != SCHEMA:
+            raise RecordError(
+                f"{path} has record schema {raw.get('schema')!r}; this version of kvcycle reads schema {SCHEMA}."
+            )
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the whole"
+            raise RecordError(
+                f"{path} is not a valid record: {place}: {first['msg']} ({error.error_count()} in all)."
+            ) from error
+
+
+def now() -> str:
+    """The current time in UTC, to the second, as records write it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,22 @@
+"""How numbers are written for people: exact bytes always stand beside the rounded ones."""
+
+from __future__ import annotations
+
+import humanize
+
+
+def exact_bytes(size: int) -> str:
+    """``2.25 GiB (2,415,992,832 B)``; below one KiB just ``512 B``."""
+    if abs(size) < 1024:
+        return f"{size:,} B"
+    return f"{humanize.naturalsize(size, binary=True, format='%.2f')} ({size:,} B)"
+
+
+def signed_bytes(size: int) -> str:
+    """As :func:`exact_bytes`, with a plus sign where memory grew."""
+    return f"+{exact_bytes(size)}" if size > 0 else exact_bytes(size)
+
+
+def seconds(value: float) -> str:
+    """``11.4 s``, ``0.117 s``: three significant figures."""
+    return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
