@@ -7,13 +7,12 @@ import importlib.metadata
 import os
 import platform as python_platform
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kvcycle import platform as platforms
-from kvcycle.errors import EngineCrashedError, KVCycleError, PlatformError, ProfileError
+from kvcycle.errors import EngineBusyError, EngineCrashedError, KVCycleError, PlatformError, ProfileError
 from kvcycle.profile import Platform, Profile
 from kvcycle.record import Boot, Stack
 
@@ -84,6 +83,8 @@ class BootedEngine:
     engine: Any
     containment: Containment
     closed: bool = False
+    #: Whether the engine's threads have ended; if not after close(), the interpreter cannot be left in the usual way.
+    stopped: bool = False
 
     def __post_init__(self) -> None:
         # Leaving the interpreter with the scheduler's thread alive ends in a segmentation fault.
@@ -110,8 +111,13 @@ class BootedEngine:
 
         channel = inband.channel_of(self.engine)
         runner = inband.runner_of(self.engine)
-        with suppress(EngineCrashedError):  # a dead scheduler need not be stopped
+        try:
             inband.stop_scheduler(channel)
+            self.stopped = True
+        except EngineCrashedError:  # a dead scheduler need not be stopped
+            self.stopped = True
+        except EngineBusyError:  # it does not answer any more: see `stopped`
+            pass
         for slot_array in _pool_arrays(self.engine):
             slot_array.delete()
         for leaf in runner.model_state_leaves:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -261,11 +262,33 @@ def stop_scheduler(channel: Channel, *, timeout_s: float = 30.0) -> None:
     not stop it, and an interpreter that ends under a running forward dies of a segmentation fault.
     """
 
+    threads: list[threading.Thread] = []
+
     def leave() -> None:
+        threads.append(threading.current_thread())
         raise SystemExit
 
-    channel.call(leave, at="now", timeout_s=timeout_s)
+    with _quiet_exit():
+        channel.call(leave, at="now", timeout_s=timeout_s)
+        for thread in threads:
+            thread.join(timeout_s)
     worker = channel.scheduler.tp_worker
     if (queue := getattr(worker, "input_queue", None)) is not None:
         queue.put((None, None, None, None))  # what forward_thread_func_ takes for the end
         worker.forward_thread.join(timeout_s)
+
+
+@contextmanager
+def _quiet_exit() -> Iterator[None]:
+    """Keep a thread's SystemExit from hooks that report it: Python's own ignores it, pytest's does not."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs, /) -> None:
+        if arguments.exc_type is not SystemExit:
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before

@@ -85,39 +85,49 @@ def witness_saw_boot(record: Record) -> Iterator[Verdict]:
 
 
 def witnesses_agree(record: Record) -> Iterator[Verdict]:
-    """Where the allocator and the ledger both speak, they report the same changes; a disagreement is a failure."""
+    """Allocator and RSS, where they speak, report the same changes as the ledger; a disagreement is a failure."""
     check = "controls.witnesses_agree"
     for index, cycle in enumerate(record.cycles):
+        pairs = list(zip(cycle.phases, cycle.phases[1:], strict=False))
         for device in record.devices:
-            worst, where = 0, ""
-            spoke = False
-            for before, after in zip(cycle.phases, cycle.phases[1:], strict=False):
-                gap = _gap(before, after, device.id)
-                if gap is None:
-                    continue
-                spoke = True
-                if abs(gap) > abs(worst):
-                    worst, where = gap, f" at {after.name}"
-            if not spoke:
-                continue
-            tolerance = tolerance_bytes(record, "allocator", 0)
-            agree = abs(worst) <= tolerance
-            yield Verdict(
-                id=check,
-                scope=scope(index, device.id),
-                verdict="pass" if agree else "fail",
-                expected=0,
-                measured=worst,
-                unit="bytes",
-                message=f"{scope(index, device.id)}: between phases the allocator and the ledger differ by at most "
-                f"{signed_bytes(worst)}{where}, allowed {exact_bytes(tolerance)}.",
-                causes=()
-                if agree
-                else (
-                    "memory that no live jax.Array owns (compiled programs, temporaries) grew or shrank",
-                    "the allocator's statistics are stale",
-                ),
-            )
+            gaps = [
+                (gap, after.name) for before, after in pairs if (gap := _gap(before, after, device.id)) is not None
+            ]
+            if gaps:
+                yield _agreement(record, scope(index, device.id), "allocator", max(gaps, key=lambda entry: abs(entry[0])), 0)
+        # RSS follows the KV cache's large buffers only, see platform.map_large_allocations.
+        gaps = [
+            (after.rss_bytes - before.rss_bytes - (after.ledger_bytes_sum - before.ledger_bytes_sum), after.name)
+            for before, after in pairs
+            if after.name in ("kv_cache_dropped", "kv_cache_rebuilt")
+            and before.rss_bytes is not None
+            and after.rss_bytes is not None
+        ]
+        if gaps:
+            yield _agreement(record, scope(index), "rss", max(gaps, key=lambda entry: abs(entry[0])), record.kv.bytes)
+
+
+def _agreement(record: Record, place: str, witness: Witness, worst: tuple[int, str], size: int) -> Verdict:
+    gap, phase = worst
+    tolerance = tolerance_bytes(record, witness, size)
+    agree = abs(gap) <= tolerance
+    return Verdict(
+        id="controls.witnesses_agree",
+        scope=place,
+        witness=witness,
+        verdict="pass" if agree else "fail",
+        expected=0,
+        measured=gap,
+        unit="bytes",
+        message=f"{phase}, {place}: the change by the {witness} less the change by the ledger is "
+        f"{signed_bytes(gap)} at most, allowed {exact_bytes(tolerance)}.",
+        causes=()
+        if agree
+        else (
+            "memory that no live jax.Array owns (compiled programs, temporaries) grew or shrank",
+            f"the {witness}'s numbers are stale",
+        ),
+    )
 
 
 def _gap(before: Phase, after: Phase, device: int) -> int | None:

@@ -17,8 +17,14 @@ def _device_changes(
     after_name: PhaseName,
     expected_by_device: dict[int, int],
     causes: Sequence[str],
+    *,
+    by_rss: bool = False,
 ) -> Iterator[Verdict]:
-    """The change between two phases of each cycle, on each device, by each witness that speaks; and by RSS."""
+    """The change between two phases of each cycle, on each device, by each witness that speaks; and by RSS if asked.
+
+    RSS follows only where every buffer is a mapping of its own (1 MiB and more, see ``platform``): the KV cache's are,
+    a parameter set's norms and biases are not.
+    """
     for index, cycle in enumerate(record.cycles):
         before, after = cycle.phase(before_name), cycle.phase(after_name)
         if before is None or after is None:
@@ -50,7 +56,7 @@ def _device_changes(
                     causes,
                     blindness(record, witness, device.id),
                 )
-        if before.rss_bytes is not None and after.rss_bytes is not None:
+        if by_rss and before.rss_bytes is not None and after.rss_bytes is not None:
             total = sum(expected_by_device.get(device.id, 0) for device in record.devices)
             yield change(
                 check,
@@ -67,9 +73,10 @@ def _device_changes(
 
 
 def _kv_expectation(record: Record) -> dict[int, int]:
-    """KV bytes by device, from the prediction; the shards' own sum only where nothing predicts (which
-    ``drop.size_is_predicted`` then reports as inconclusive).
-    """  # noqa: D205 - one sentence that does not fit a line
+    """KV bytes by device as predicted.
+
+    The shards' own sum only where nothing predicts, which ``drop.size_is_predicted`` then reports as inconclusive.
+    """
     return dict(record.kv.predicted_bytes_by_device or record.kv.bytes_by_device)
 
 
@@ -87,6 +94,7 @@ def drop_frees_kv(record: Record) -> Iterator[Verdict]:
             "a copy of the cache is alive under another name (see the owner 'other' in the table)",
             "the allocator keeps freed memory for itself; jax.clear_caches() may give it back, and recompiles",
         ),
+        by_rss=True,
     )
 
 
@@ -244,6 +252,7 @@ def rebuild_restores_bytes(record: Record) -> Iterator[Verdict]:
             "a buffer was rebuilt with another shape, dtype or sharding (see rebuild.same_layout)",
             "a slot was left empty, or an old buffer is still alive beside the new one",
         ),
+        by_rss=True,
     )
 
 

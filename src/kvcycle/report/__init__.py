@@ -1,0 +1,1 @@
+"""Draws records: the terminal's tables. Reads only records and verdicts."""

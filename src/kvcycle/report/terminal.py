@@ -1,0 +1,156 @@
+"""The end of a run in a terminal: the SOP's table, latencies and compilations, what failed, and one line of verdict."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvcycle.checks import passed
+from kvcycle.checks.generation import thresholds_s
+from kvcycle.record import Cycle, PhaseName, Record, Verdict, When
+from kvcycle.text import exact_bytes, seconds
+
+#: The phases with an expected change, and the check that judges it.
+_JUDGED: dict[PhaseName, str] = {
+    "kv_cache_dropped": "drop.frees_kv",
+    "sglang_param_dict2_ready": "params2.fits",
+    "kv_cache_rebuilt": "rebuild.restores_bytes",
+    "after_drop_param_dict2": "cycles.no_growth",
+}
+_STYLE = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "not-run": "dim"}
+_WHEN: tuple[tuple[When, str], ...] = (
+    ("cold", "cold (first)"),
+    ("warm", "warm, median"),
+    ("after_rebuild", "after the rebuild, slowest"),
+    ("after_clear_caches", "control: jax's caches cleared"),
+)
+
+
+def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
+    """Print a judged record: tables, everything that did not pass, and the verdict."""
+    for index, cycle in enumerate(record.cycles):
+        if index and _changes(cycle) == _changes(record.cycles[0]) and passed(_of_cycle(verdicts, index)):
+            console.print(f"cycle {index}: every change to the byte as in cycle 0.")
+        else:
+            console.print(_phase_table(record, verdicts, index))
+    console.print(_witness_line(record))
+    if record.generates:
+        console.print(_latency_table(record))
+    for verdict in verdicts:
+        if verdict.verdict in ("fail", "inconclusive"):
+            console.print(f"[{_STYLE[verdict.verdict]}]{verdict.verdict}[/] {verdict.id}: {escape(verdict.message)}")
+            for cause in verdict.causes:
+                console.print(f"    likely: {escape(cause)}")
+    left_out = sorted({verdict.id for verdict in verdicts if verdict.verdict == "not-run"})
+    if left_out:
+        console.print(f"[dim]not run: {', '.join(left_out)}: the profile leaves generation out. This is not a pass.[/]")
+    console.print(verdict_line(record, verdicts), soft_wrap=True)
+
+
+def verdict_line(record: Record, verdicts: Sequence[Verdict]) -> str:
+    """One line: the verdict, its evidence label, what was validated, and the verdicts by outcome; with rich markup."""
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    numbers = ", ".join(f"{counts[outcome]} {outcome}" for outcome in _STYLE if counts[outcome])
+    good = passed(list(verdicts))
+    kinds = ", ".join(sorted({device.kind for device in record.devices}))
+    name = escape(str(record.profile.get("name", "?")))
+    return (
+        f"[{'bold green' if good else 'bold red'}]{'PASSED' if good else 'FAILED'}[/] [{record.evidence}] {name} on "
+        f"{len(record.devices)} {escape(kinds)} devices, sglang-jax {escape(record.stack.sglang_jax)}, "
+        f"jax {escape(record.stack.jax)}: {numbers or 'nothing was judged'}"
+    ).replace(f"[{record.evidence}]", f"\\[{record.evidence}]")
+
+
+def _changes(cycle: Cycle) -> list[tuple[str, int]]:
+    sums = [(phase.name, phase.ledger_bytes_sum) for phase in cycle.phases if phase.name in _JUDGED]
+    return [(name, size - before) for (_, before), (name, size) in zip(sums, sums[1:], strict=False)]
+
+
+def _of_cycle(verdicts: Sequence[Verdict], index: int) -> list[Verdict]:
+    return [verdict for verdict in verdicts if verdict.scope.split("-")[0] == f"cycle{index}"]
+
+
+def _phase_table(record: Record, verdicts: Sequence[Verdict], index: int) -> Table:
+    table = Table(
+        title=f"cycle {index}: bytes in use, summed over {len(record.devices)} devices (ledger, {record.evidence})",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("phase", no_wrap=True)
+    for heading in ("bytes in use", "change", "expected"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    previous: int | None = None
+    for phase in record.cycles[index].phases:
+        change = phase.ledger_bytes_sum - previous if previous is not None else None
+        check = _JUDGED.get(phase.name)
+        expected = _expected(record, phase.name)
+        outcome = _worst(check, verdicts, index) if check else ""
+        table.add_row(
+            phase.name,
+            f"{phase.ledger_bytes_sum:,}",
+            f"{change:+,}" if change is not None else "",
+            f"{expected:+,}" if expected is not None else "",
+            f"[{_STYLE[outcome]}]{outcome}[/]" if outcome else "",
+        )
+        previous = phase.ledger_bytes_sum
+    return table
+
+
+def _expected(record: Record, name: PhaseName) -> int | None:
+    kv = record.kv.predicted_bytes if record.kv.predicted_bytes is not None else record.kv.bytes
+    return {"kv_cache_dropped": -kv, "sglang_param_dict2_ready": record.params.bytes_on_devices, "kv_cache_rebuilt": kv}.get(
+        name
+    )
+
+
+def _worst(check: str, verdicts: Sequence[Verdict], index: int) -> str:
+    outcomes = {verdict.verdict for verdict in _of_cycle(verdicts, index) if verdict.id == check}
+    return next((outcome for outcome in ("fail", "inconclusive", "pass") if outcome in outcomes), "inconclusive")
+
+
+def _witness_line(record: Record) -> str:
+    speaks = {canary.witness for canary in record.canaries}
+    rss = float(record.profile.get("tolerances", {}).get("rss_fraction", 0.02))
+    words = {
+        "ledger": "ledger (every live buffer, exact)",
+        "allocator": "allocator (the device's own count)",
+        "rss": f"rss (the process, KV only, within {rss:.0%})",
+    }
+    silent = [name for name in words if name not in speaks]
+    kv = record.kv
+    line = f"KV cache: {kv.buffers} buffers, {exact_bytes(kv.bytes)}"
+    if kv.predicted_how:
+        line += f"\n  predicted by {kv.predicted_by}: {kv.predicted_how}"
+    line += f"\nWitnesses: {', '.join(text for name, text in words.items() if name in speaks) or 'none'}"
+    return line + (f"; silent here: {', '.join(silent)}" if silent else "")
+
+
+def _latency_table(record: Record) -> Table:
+    table = Table(title="generate", title_justify="left", title_style="bold")
+    table.add_column("when", no_wrap=True)
+    for heading in ("seconds", "compilations", "tokens from the prefix cache"):
+        table.add_column(heading, justify="right")
+    for when, label in _WHEN:
+        found = record.generates_when(when)
+        if not found:
+            continue
+        times = [generate.seconds for generate in found]
+        value = statistics.median(times) if when == "warm" else max(times)
+        table.add_row(
+            label,
+            f"{value:.3f}",
+            str(max(generate.compiles.backend for generate in found)),
+            str(max(generate.cached_tokens for generate in found)),
+        )
+    if (limits := thresholds_s(record)) is not None:
+        table.add_section()
+        table.add_row("threshold for after the rebuild", f"{limits[1]:.3f}", "0", "0")
+        table.caption = f"threshold {seconds(limits[1])} = the lesser of a factor on warm and a fraction of cold"
+        table.caption_justify = "left"
+    return table
