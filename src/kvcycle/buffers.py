@@ -10,7 +10,9 @@ import enum
 import logging
 import threading
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +93,8 @@ def find_slots(roots: Mapping[str, Any]) -> list[Slot]:
     """List the slots below ``roots`` (name → pool object), each array and each container once, in a stable order.
 
     Raises:
-        UnknownBufferError: an array sits where it could not be replaced in place: in a tuple, a set, an object
-            without a ``__dict__``, or one array in two slots.
+        UnknownBufferError: an array sits where it could not be replaced in place: in a tuple, a set, an object's
+            ``__slots__``, or one array in two slots.
     """
     slots: list[Slot] = []
     holders: dict[int, str] = {}
@@ -121,7 +123,7 @@ def find_slots(roots: Mapping[str, Any]) -> list[Slot]:
         elif isinstance(value, dict):
             for key, item in value.items():
                 visit(item, f"{path}[{key!r}]", lambda key=key: Slot(value, key, f"{path}[{key!r}]"))
-        elif isinstance(value, (tuple, set, frozenset)):
+        elif isinstance(value, (tuple, set, frozenset, deque)):
             for index, item in enumerate(value):
                 visit(item, f"{path}[{index}]", None)
         elif hasattr(value, "__dict__"):
@@ -131,10 +133,23 @@ def find_slots(roots: Mapping[str, Any]) -> list[Slot]:
             for leaf in jax.tree_util.tree_leaves(value):
                 if isinstance(leaf, jax.Array):
                     visit(leaf, f"{path} ({type(value).__name__})", None)
+        for name, item in _hidden_attributes(value):
+            visit(item, f"{path}.{name}", None)
 
     for name, root in roots.items():
         visit(root, name, None)
     return slots
+
+
+def _hidden_attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes that the walk has not met: of ``__slots__``, and of a list or dict with a ``__dict__``."""
+    if isinstance(value, (list, dict, tuple, set, frozenset, deque)):
+        yield from getattr(value, "__dict__", {}).items()
+    for kind in type(value).__mro__:
+        for name, member in vars(kind).items():
+            if isinstance(member, types.MemberDescriptorType):
+                with suppress(AttributeError):  # never assigned
+                    yield name, member.__get__(value)
 
 
 def bytes_by_device(arrays: Iterable[jax.Array]) -> dict[int, int]:
@@ -169,7 +184,11 @@ class ZeroAllocator:
     def _compile(specs: Sequence[BufferSpec], committed: bool) -> Callable[[], tuple[jax.Array, ...]]:
         def zeros() -> tuple[jax.Array, ...]:
             return tuple(
-                jax.lax.full(spec.shape, 0) if spec.weak_type else jnp.zeros(spec.shape, spec.dtype) for spec in specs
+                # Only a Python number makes a weak type, and its kind makes the dtype.
+                jax.lax.full(spec.shape, spec.dtype.type(0).item())
+                if spec.weak_type
+                else jnp.zeros(spec.shape, spec.dtype)
+                for spec in specs
             )
 
         # Without out_shardings jit leaves its results uncommitted, as the array in the slot was.

@@ -118,6 +118,9 @@ class Containment:
         engine, scheduler = channel.engine, channel.scheduler
         scheduler.parent_process = _Addressee(self)
         scheduler.tp_worker.parent_process = _Addressee(self)
+        # Learn which thread is the scheduler's: a crash is logged before its SIGQUIT is sent, so whoever gives the signal
+        # handlers back must see that thread end first.
+        channel.call(lambda: None)
         manager = engine.tokenizer_manager
         from sgl_jax.srt.managers import tokenizer_manager as module
 
@@ -135,6 +138,8 @@ class Containment:
         """Give the process its signal handlers back and stop listening."""
         logging.getLogger("sgl_jax").removeHandler(self.last_words)
         for number, handler in self._handlers.items():
+            if number == signal.SIGQUIT and self.crash is not None:
+                continue  # one may still be on its way, and by default it kills
             with suppress(ValueError):  # not the main thread: then none was set either
                 signal.signal(number, handler)
 

@@ -23,6 +23,7 @@ from kvcycle.engine import boot_evidence, stack
 from kvcycle.errors import ParamSetError
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet, Sharing, perturbed, sharing, swap
+from kvcycle.platform import return_freed_memory
 from kvcycle.profile import Profile
 from kvcycle.record import (
     KV,
@@ -318,6 +319,8 @@ class _Run:
     def _sample(self) -> memory.MemorySnapshot:
         # Arrays in reference cycles live until a collection happens to come: the engine leaves some, of a few bytes.
         gc.collect()
+        if jax.default_backend() == "cpu":
+            return_freed_memory()
         owners: dict[Owner, Iterable[jax.Array]] = {
             "weights": inband.runner_of(self.engine).model_state_leaves,
             "kv": self.kv.arrays(),

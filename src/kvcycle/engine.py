@@ -7,12 +7,13 @@ import importlib.metadata
 import os
 import platform as python_platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kvcycle import platform as platforms
-from kvcycle.errors import EngineBusyError, EngineCrashedError, KVCycleError, PlatformError, ProfileError
+from kvcycle.errors import EngineBusyError, KVCycleError, PlatformError, ProfileError
 from kvcycle.profile import Platform, Profile
 from kvcycle.record import Boot, Stack
 
@@ -111,13 +112,9 @@ class BootedEngine:
 
         channel = inband.channel_of(self.engine)
         runner = inband.runner_of(self.engine)
-        try:
+        with suppress(EngineBusyError):  # it does not answer any more: see `stopped`
             inband.stop_scheduler(channel)
             self.stopped = True
-        except EngineCrashedError:  # a dead scheduler need not be stopped
-            self.stopped = True
-        except EngineBusyError:  # it does not answer any more: see `stopped`
-            pass
         for slot_array in _pool_arrays(self.engine):
             slot_array.delete()
         for leaf in runner.model_state_leaves:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -55,6 +55,8 @@ class Channel:
         self.scheduler = scheduler_of(engine)
         #: What killed the engine, set by whoever notices (see containment.py); None while it lives.
         self.crash: str | None = None
+        #: The scheduler's thread, known after the first call.
+        self.thread: threading.Thread | None = None
         self._tickets = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
         self._deferred: list[_Pending] = []
@@ -120,6 +122,7 @@ class Channel:
 
     def _receive(self, message: Call) -> None:
         """On the scheduler's thread: run now, put off to the idle point, or refuse."""
+        self.thread = threading.current_thread()
         pending = self._pending.pop(message.ticket, None)
         if pending is None:
             return
@@ -262,16 +265,14 @@ def stop_scheduler(channel: Channel, *, timeout_s: float = 30.0) -> None:
     not stop it, and an interpreter that ends under a running forward dies of a segmentation fault.
     """
 
-    threads: list[threading.Thread] = []
-
     def leave() -> None:
-        threads.append(threading.current_thread())
         raise SystemExit
 
     with _quiet_exit():
-        channel.call(leave, at="now", timeout_s=timeout_s)
-        for thread in threads:
-            thread.join(timeout_s)
+        with suppress(EngineCrashedError):  # it has ended by itself, or is about to
+            channel.call(leave, at="now", timeout_s=timeout_s)
+        if channel.thread is not None:
+            channel.thread.join(timeout_s)
     worker = channel.scheduler.tp_worker
     if (queue := getattr(worker, "input_queue", None)) is not None:
         queue.put((None, None, None, None))  # what forward_thread_func_ takes for the end

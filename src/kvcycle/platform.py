@@ -19,20 +19,23 @@ _MAPPED_FROM_BYTES = 1 << 20
 
 
 def prepare(platform: Platform, devices: int) -> None:
-    """Set the environment so that jax comes up on ``platform`` with at least ``devices`` devices.
+    """Set the process up so that jax comes up on ``platform`` with at least ``devices`` devices.
 
-    Must run before jax is imported. Where jax is already imported, it is checked instead.
+    Best called before jax is imported; where jax is imported but has not started its backends yet, it still works.
 
     Raises:
-        PlatformError: jax is already imported and runs on another platform, or with fewer devices.
+        PlatformError: jax already runs on another platform, or with fewer devices.
     """
-    if "jax" in sys.modules:
-        _check_imported(platform, devices)
-    elif platform == "cpu":
+    if platform == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = _with_device_count(os.environ.get("XLA_FLAGS", ""), devices)
-    if platform == "cpu":
         map_large_allocations()
+    if "jax" in sys.modules:
+        import jax
+
+        if platform == "cpu":
+            jax.config.update("jax_platforms", "cpu")  # the variable was read at the import
+        _check_imported(platform, devices)
 
 
 def _with_device_count(flags: str, devices: int) -> str:
@@ -46,11 +49,11 @@ def _check_imported(platform: Platform, devices: int) -> None:
     actual = jax.default_backend()
     if actual != platform or len(jax.devices()) < devices:
         raise PlatformError(
-            f"jax was imported before kvcycle could choose its platform: it runs on {len(jax.devices())} "
+            f"jax was started before kvcycle could choose its platform: it runs on {len(jax.devices())} "
             f"{actual} device(s), but {devices} {platform} device(s) are needed. Start a new process, or set "
             f"JAX_PLATFORMS={platform}"
             + (f" and XLA_FLAGS={_DEVICE_COUNT_FLAG}={devices}" if platform == "cpu" else "")
-            + " before anything imports jax."
+            + " before anything uses jax."
         )
 
 
@@ -63,6 +66,16 @@ def map_large_allocations() -> None:
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Let the C library give back what it holds free, so that resident memory is what is in use and no more.
+
+    Freed heap pages otherwise go back whenever the allocator happens to trim, which looks like a change in use of
+    some MiB. Does nothing where the C library is not glibc.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tpu_is_present() -> bool:

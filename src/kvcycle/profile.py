@@ -119,7 +119,7 @@ class Profile(_Table):
         """The engine arguments for a platform, without the model's path."""
         arguments = self.engine.model_dump()
         if platform == "cpu":
-            arguments |= self.on_cpu.engine
+            arguments = EngineArgs.model_validate(arguments | self.on_cpu.engine).model_dump()
         return arguments | {"device": platform}
 
     @property
@@ -235,6 +235,10 @@ def load_profile(name_or_path: str | Path, overrides: Mapping[str, Any] | None =
         profile = Profile.model_validate(raw)
     except ValidationError as error:
         raise ProfileError(_sentence(error, str(name_or_path))) from error
+    try:
+        profile.engine_args("cpu")
+    except ValidationError as error:
+        raise ProfileError(_sentence(error, str(name_or_path), "on_cpu", "engine")) from error
     for table, arguments in (("engine", raw.get("engine", {})), ("on_cpu.engine", profile.on_cpu.engine)):
         _check_engine_keys(table, arguments)
     return profile
@@ -280,9 +284,9 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     here[last] = value
 
 
-def _sentence(error: ValidationError, source: str) -> str:
+def _sentence(error: ValidationError, source: str, *tables: str) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in (*tables, *first["loc"]))
     if first["type"] == "extra_forbidden":
         table: Any = Profile
         for part in first["loc"][:-1]:

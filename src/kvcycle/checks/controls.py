@@ -37,6 +37,11 @@ def blindness(record: Record, witness: Witness, device: int | None) -> str | Non
     return f"the {witness} did not see an allocation of known size (controls.witness_sees_allocation)"
 
 
+def speaks(record: Record, witness: Witness, device: int | None) -> bool:
+    """Whether a witness is one of this run's on the device, or (``None``) in the process: then its silence is no pass."""
+    return witness == "ledger" or any((c.witness, c.device) == (witness, device) for c in record.canaries)
+
+
 def witness_sees_allocation(record: Record) -> Iterator[Verdict]:
     """Every witness saw a known allocation rise and fall, on its device."""
     check = "controls.witness_sees_allocation"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kvcycle.checks.controls import blindness
+from kvcycle.checks.controls import blindness, speaks
 from kvcycle.checks.verdicts import DEVICE_WITNESSES, change, count, scope, tolerance_bytes, unmeasured, use_of
 from kvcycle.record import DropInfo, Params2Info, PhaseName, Record, Verdict
 from kvcycle.text import exact_bytes
@@ -41,7 +41,7 @@ def _device_changes(
                 low = use_of(before.device(device.id), witness)
                 high = use_of(after.device(device.id), witness)
                 if low is None or high is None:
-                    if witness == "ledger":
+                    if speaks(record, witness, device.id):
                         yield unmeasured(check, scope(index, device.id), "this device was not sampled", witness)
                     continue
                 yield change(
@@ -56,7 +56,12 @@ def _device_changes(
                     causes,
                     blindness(record, witness, device.id),
                 )
-        if by_rss and before.rss_bytes is not None and after.rss_bytes is not None:
+        if not by_rss:
+            continue
+        if before.rss_bytes is None or after.rss_bytes is None:
+            if speaks(record, "rss", None):
+                yield unmeasured(check, scope(index), "the process's resident memory was not sampled", "rss")
+        else:
             total = sum(expected_by_device.get(device.id, 0) for device in record.devices)
             yield change(
                 check,
@@ -107,15 +112,20 @@ def drop_deletes_every_buffer(record: Record) -> Iterator[Verdict]:
         if not isinstance(info, DropInfo):
             yield unmeasured(check, scope(index), "the drop was not recorded")
             continue
-        yield count(
+        causes = ("a slot holds something else than a jax.Array", "delete() did not take effect")
+        verdict = count(
             check,
             scope(index),
             expected=record.kv.buffers,
             measured=info.deleted_buffers,
             unit="buffers",
             what=f"buffers deleted ({info.missing_delete_method} had no delete method, {info.buffers} were found)",
-            causes=("a slot holds something else than a jax.Array", "delete() did not take effect"),
+            causes=causes,
         )
+        if info.missing_delete_method or info.buffers != record.kv.buffers:
+            # As many were deleted as there should be, and there was one more that was not.
+            verdict = verdict.model_copy(update={"verdict": "fail", "causes": causes})
+        yield verdict
 
 
 def drop_size_is_predicted(record: Record) -> Iterator[Verdict]:
@@ -260,19 +270,24 @@ def cycles_no_growth(record: Record) -> Iterator[Verdict]:
     """At the end of every cycle each device holds what it held before the first drop, by every witness."""
     check = "cycles.no_growth"
     base = record.cycles[0].phase("flush_cache_before_kv_drop") if record.cycles else None
-    if base is None:
-        yield unmeasured(check, "run", "the run ended before the first drop", "ledger")
+    if base is None or not record.devices:
+        yield unmeasured(check, "run", "the run ended before the first drop, or without a device", "ledger")
         return
+    for index in range(len(record.cycles), int(record.profile.get("cycle", {}).get("cycles", 0))):
+        yield unmeasured(check, scope(index), "the run ended before this cycle", "ledger")
     for index, cycle in enumerate(record.cycles):
         end = cycle.phase("after_drop_param_dict2")
         for device in record.devices:
             for witness in DEVICE_WITNESSES:
                 low = use_of(base.device(device.id), witness)
                 high = use_of(end.device(device.id), witness) if end else None
-                if low is None:
+                if low is None and not speaks(record, witness, device.id):
                     continue
-                if end is None or high is None:
+                if end is None:
                     yield unmeasured(check, scope(index, device.id), "the cycle did not end", witness)
+                    continue
+                if low is None or high is None:
+                    yield unmeasured(check, scope(index, device.id), "this device was not sampled", witness)
                     continue
                 yield change(
                     check,

@@ -6,8 +6,10 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from kvcycle.checks import passed
@@ -37,7 +39,10 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
         if index and _changes(cycle) == _changes(record.cycles[0]) and passed(_of_cycle(verdicts, index)):
             console.print(f"cycle {index}: every change to the byte as in cycle 0.")
         else:
-            console.print(_phase_table(record, verdicts, index))
+            table = _phase_table(record, verdicts, index)
+            # Exact bytes are never cut off; what is expected is what was measured, or else in the verdict's message.
+            wanted = Measurement.get(console, console.options.update(width=1000), table).maximum
+            console.print(table if wanted <= console.width else _phase_table(record, verdicts, index, narrow=True))
     console.print(_witness_line(record))
     if record.generates:
         console.print(_latency_table(record))
@@ -75,14 +80,16 @@ def _of_cycle(verdicts: Sequence[Verdict], index: int) -> list[Verdict]:
     return [verdict for verdict in verdicts if verdict.scope.split("-")[0] == f"cycle{index}"]
 
 
-def _phase_table(record: Record, verdicts: Sequence[Verdict], index: int) -> Table:
+def _phase_table(record: Record, verdicts: Sequence[Verdict], index: int, *, narrow: bool = False) -> Table:
     table = Table(
         title=f"cycle {index}: bytes in use, summed over {len(record.devices)} devices (ledger, {record.evidence})",
         title_justify="left",
         title_style="bold",
     )
-    table.add_column("phase", no_wrap=True)
-    for heading in ("bytes in use", "change", "expected"):
+    if narrow:
+        table.box, table.show_edge, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, False, (0, 1, 0, 0)
+    table.add_column("phase", no_wrap=not narrow, overflow="fold")
+    for heading in ("bytes in use", "change") if narrow else ("bytes in use", "change", "expected"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     previous: int | None = None
@@ -95,7 +102,7 @@ def _phase_table(record: Record, verdicts: Sequence[Verdict], index: int) -> Tab
             phase.name,
             f"{phase.ledger_bytes_sum:,}",
             f"{change:+,}" if change is not None else "",
-            f"{expected:+,}" if expected is not None else "",
+            *([] if narrow else [f"{expected:+,}" if expected is not None else ""]),
             f"[{_STYLE[outcome]}]{outcome}[/]" if outcome else "",
         )
         previous = phase.ledger_bytes_sum
@@ -126,7 +133,7 @@ def _witness_line(record: Record) -> str:
     kv = record.kv
     line = f"KV cache: {kv.buffers} buffers, {exact_bytes(kv.bytes)}"
     if kv.predicted_how:
-        line += f"\n  predicted by {kv.predicted_by}: {kv.predicted_how}"
+        line += escape(f"\n  predicted by {kv.predicted_by}: {kv.predicted_how}")
     line += f"\nWitnesses: {', '.join(text for name, text in words.items() if name in speaks) or 'none'}"
     return line + (f"; silent here: {', '.join(silent)}" if silent else "")
 

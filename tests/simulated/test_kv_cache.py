@@ -1,0 +1,229 @@
+"""Drop and rebuild on a live engine: exact bytes, states, errors, races."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import pytest
+
+import kvcycle
+from kvcycle import inband
+from kvcycle.buffers import BufferSpec, find_slots
+from kvcycle.errors import EngineBusyError, KVCacheDroppedError, KVCacheStateError, RebuildError
+from kvcycle.record import Generate
+from kvcycle.sizing import predict_kv
+
+
+def in_use(kv: kvcycle.KVCache) -> dict[int, int]:
+    return {use.id: use.ledger_bytes for use in kvcycle.snapshot({"kv": kv.arrays()}).devices}
+
+
+def test_the_size_is_the_predicted_one(kv: kvcycle.KVCache, tiny: kvcycle.Profile) -> None:
+    config = tiny.model_config_json()
+    assert config is not None
+    predicted = predict_kv(config, tiny.engine_args("cpu"))
+    assert predicted is not None
+    assert kv.bytes == predicted.total_bytes
+    assert kv.bytes_by_device == dict.fromkeys(range(4), predicted.bytes_per_device)
+    assert kv.buffers == 4
+
+
+def test_released_frees_every_byte_and_gives_it_back(
+    kv: kvcycle.KVCache, generate: Callable[[], Generate], cold: Generate
+) -> None:
+    kv.flush()
+    before = in_use(kv)
+    arrays = kv.arrays()
+    with kv.released() as freed:
+        assert kv.state == "dropped"
+        assert all(array.is_deleted() for array in arrays)
+        during = in_use(kv)
+        assert {device: before[device] - during[device] for device in before} == freed.bytes_by_device
+        assert (freed.deleted_buffers, freed.missing_delete_method) == (kv.buffers, 0)
+    assert kv.state == "resident"
+    assert in_use(kv) == before
+    after = generate()
+    assert after.compiles.any_work == 0
+    assert after.token_ids == cold.token_ids
+    assert after.logprobs == cold.logprobs
+
+
+def test_rebuild_compiles_nothing_and_yields_zeros(kv: kvcycle.KVCache, generate: Callable[[], Generate]) -> None:
+    from kvcycle.compiles import counting
+
+    generate()
+    kv.flush()
+    assert kv.nonzero_slots() == [slot.path for slot in kv.slots]  # the control: what was written is seen
+    kv.drop()
+    with counting() as span:
+        kv.rebuild()
+    assert span.compiles.model_dump() == {"trace": 0, "lower": 0, "backend": 0, "cache_hits": 0}
+    assert kv.nonzero_slots() == []
+
+
+def test_specs_and_owners_survive(kv: kvcycle.KVCache, live_engine: Any) -> None:
+    owners = [slot.owner for slot in kv.slots]
+    with kv.released():
+        pass
+    assert [BufferSpec.of(array) for array in kv.arrays()] == kv.specs
+    found = find_slots(inband.pools_of(live_engine))
+    assert all(slot.owner is owner for slot, owner in zip(found, owners, strict=True))
+
+
+def test_a_second_drop_names_the_state_and_the_way_out(kv: kvcycle.KVCache) -> None:
+    kv.drop()
+    with pytest.raises(KVCacheStateError, match=r"dropped already; call rebuild\(\) first"):
+        kv.drop()
+    kv.rebuild()
+    assert kv.state == "resident"
+
+
+def test_a_rebuild_while_resident_is_refused(kv: kvcycle.KVCache) -> None:
+    with pytest.raises(KVCacheStateError, match="resident already; there is nothing to rebuild"):
+        kv.rebuild()
+
+
+def test_two_objects_on_one_engine_are_the_same_cache(kv: kvcycle.KVCache, live_engine: Any) -> None:
+    other = kvcycle.KVCache(live_engine)
+    kv.drop()
+    assert other.state == "dropped"
+    other.rebuild()
+    assert kv.state == "resident"
+
+
+def test_of_two_threads_that_drop_at_once_one_wins(kv: kvcycle.KVCache) -> None:
+    barrier = threading.Barrier(2)
+
+    def drop() -> object:
+        barrier.wait()
+        try:
+            return kv.drop()
+        except KVCacheStateError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        results = [future.result() for future in [pool.submit(drop), pool.submit(drop)]]
+    assert sorted(type(result).__name__ for result in results) == ["Freed", "KVCacheStateError"]
+    kv.rebuild()
+
+
+@pytest.mark.parametrize("entry", ["generate", "stream", "encode"])
+def test_a_request_while_dropped_fails_in_its_caller(
+    kv: kvcycle.KVCache, live_engine: Any, entry: str, generate: Callable[[], Generate], cold: Generate
+) -> None:
+    kv.drop()
+    with pytest.raises(KVCacheDroppedError, match=r"its KV cache is dropped\. Call rebuild\(\)"):
+        if entry == "generate":
+            live_engine.generate(prompt="Hello")
+        elif entry == "stream":
+            next(iter(live_engine.generate(prompt="Hello", stream=True)))
+        else:
+            live_engine.encode(prompt="Hello")
+    kv.rebuild()
+    assert generate().token_ids == cold.token_ids
+
+
+def test_a_drop_right_after_a_generate_waits_for_the_pipeline(
+    kv: kvcycle.KVCache, generate: Callable[[], Generate]
+) -> None:
+    generate()
+    freed = kv.drop()
+    assert freed.bytes == kv.bytes
+
+
+def test_a_busy_engine_refuses_with_counts_and_loses_nothing(
+    kv: kvcycle.KVCache, live_engine: Any, tiny: kvcycle.Profile, cold: Generate
+) -> None:
+    greedy = {"temperature": 0, "max_new_tokens": tiny.cycle.max_new_tokens, "ignore_eos": True}
+    undisturbed = live_engine.generate(prompt=tiny.cycle.prompt, sampling_params=greedy)["text"]
+
+    async def stream_and_drop() -> tuple[str, EngineBusyError]:
+        stream = await live_engine.async_generate(prompt=tiny.cycle.prompt, sampling_params=greedy, stream=True)
+        first = await anext(stream)
+        assert first["meta_info"]["finish_reason"] is None
+        with pytest.raises(EngineBusyError) as refusal:
+            await asyncio.to_thread(kv.drop)
+        last = first
+        async for chunk in stream:
+            last = chunk
+        return last["text"], refusal.value
+
+    tokens, refusal = live_engine.loop.run_until_complete(stream_and_drop())
+    assert refusal.counts == {"waiting": 0, "running": 1}
+    assert str(refusal) == (
+        "The engine is busy: requests 1 running. Wait for the requests or abort them; drop(wait_s=…) waits for them."
+    )
+    assert kv.state == "resident"
+    assert text == undisturbed
+
+
+def test_a_drop_that_waits_lets_the_requests_finish(
+    kv: kvcycle.KVCache, live_engine: Any, tiny: kvcycle.Profile, cold: Generate
+) -> None:
+    async def generate_and_drop() -> tuple[Any, kvcycle.Freed]:
+        request = asyncio.ensure_future(
+            live_engine.async_generate(
+                prompt=tiny.cycle.prompt,
+                sampling_params={"temperature": 0, "max_new_tokens": tiny.cycle.max_new_tokens, "ignore_eos": True},
+                return_logprob=True,
+            )
+        )
+        while not any(inband.unfinished_requests(inband.scheduler_of(live_engine)).values()):
+            await asyncio.sleep(0.001)  # until the request has reached the scheduler
+        freed = await asyncio.to_thread(kv.drop, wait_s=60)
+        return await request, freed
+
+    answer, freed = live_engine.loop.run_until_complete(generate_and_drop())
+    assert freed.bytes == kv.bytes
+    assert tuple(entry[1] for entry in answer["meta_info"]["output_token_logprobs"]) == cold.token_ids
+
+
+def test_an_exception_in_the_block_rebuilds_and_is_kept(kv: kvcycle.KVCache) -> None:
+    with pytest.raises(KeyboardInterrupt), kv.released():
+        raise KeyboardInterrupt
+    assert kv.state == "resident"
+
+
+def test_a_rebuild_without_memory_stays_dropped_and_can_be_repeated(
+    kv: kvcycle.KVCache, live_engine: Any, monkeypatch: pytest.MonkeyPatch, generate: Callable[[], Generate]
+) -> None:
+    buffers = kv._buffers
+    kv.drop()
+    with monkeypatch.context() as patch:
+
+        def exhausted() -> list[jax.Array]:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate")
+
+        patch.setattr(buffers, "allocate", exhausted)
+        with pytest.raises(RebuildError, match="RESOURCE_EXHAUSTED") as failure:
+            kv.rebuild()
+    assert failure.value.needed_bytes_by_device == kv.bytes_by_device
+    assert "device 3: 32.00 MiB (33,556,480 B)" in str(failure.value)
+    assert "It stays dropped" in str(failure.value)
+    assert kv.state == "dropped"
+    kv.rebuild()
+    assert generate().compiles.any_work == 0
+
+
+def test_both_are_told_if_the_block_and_the_rebuild_fail(
+    kv: kvcycle.KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted() -> list[jax.Array]:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv._buffers, "allocate", exhausted)
+        with pytest.raises(RebuildError) as failure, kv.released():
+            raise ValueError("the training step failed")
+    assert isinstance(failure.value.__cause__, jax.errors.JaxRuntimeError)
+    chain: list[BaseException] = []
+    error: BaseException | None = failure.value
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    assert any(isinstance(link, ValueError) for link in chain) or isinstance(failure.value.__context__, ValueError)

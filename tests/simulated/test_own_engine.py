@@ -1,0 +1,93 @@
+"""Engines in processes of their own: one that the user booted, one that crashes."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvcycle import checkpoint
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+_USER_SCRIPT = """
+import os
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+from sgl_jax.srt.entrypoints.engine import Engine
+
+import kvcycle
+
+engine = Engine(
+    model_path={model!r}, device="cpu", attention_backend="native", enable_single_process=True, tp_size=2,
+    disable_precompile=True, skip_server_warmup=True, max_total_tokens=1024, max_prefill_tokens=256,
+    chunked_prefill_size=256, max_running_requests=4, page_size=16, dtype="bfloat16", log_level="error",
+)
+ask = dict(prompt="Hello", sampling_params=dict(temperature=0, max_new_tokens=4, ignore_eos=True))
+before = engine.generate(**ask)
+kv = kvcycle.KVCache(engine)
+with kv.released() as freed:
+    print("freed", freed.bytes, freed.buffers, kv.state)
+after = engine.generate(**ask)
+assert after["text"] == before["text"], (before, after)
+print("same output", kv.state)
+os._exit(0)  # the engine is the user's own, and so is leaving it
+"""
+
+_CRASH_SCRIPT = """
+import kvcycle
+from kvcycle import inband
+from kvcycle.errors import EngineCrashedError
+
+profile = kvcycle.load_profile("tiny", {{"engine.tp_size": 1, "engine.max_total_tokens": 1024}})
+with kvcycle.boot(profile, "cpu") as engine:
+    kv = kvcycle.KVCache(engine)
+    scheduler = inband.scheduler_of(engine)
+
+    def broken(*_):
+        raise ZeroDivisionError("planted in the scheduler's loop")
+
+    scheduler.{where} = broken
+    try:
+        engine.generate(prompt="Hello", sampling_params=dict(temperature=0, max_new_tokens=2))
+    except EngineCrashedError as error:
+        print("caught:", error)
+    try:
+        kv.drop()
+    except EngineCrashedError as error:
+        print("drop:", error)
+print("left in order")
+"""
+
+
+@pytest.fixture
+def run_script(guarded: Run, tmp_path: Path) -> Run:
+    """Run a script that stands outside the project."""
+
+    def run(text: str) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "script.py"
+        script.write_text(text)
+        return guarded(str(script), cwd=tmp_path, timeout_s=120)
+
+    return run
+
+
+def test_a_users_own_engine_can_be_released(run_script: Run) -> None:
+    model = str(checkpoint.ensure_builtin("tiny-qwen2"))
+    done = run_script(_USER_SCRIPT.format(model=model))
+    assert done.returncode == 0, done.stdout
+    # 4 layers x (1024 + 16) tokens x 2 heads x 2 x 128 x 2 B
+    assert "freed 4259840 4 dropped" in done.stdout
+    assert "same output resident" in done.stdout
+
+
+def test_a_crash_in_the_scheduler_becomes_an_error_in_the_caller(run_script: Run) -> None:
+    done = run_script(_CRASH_SCRIPT.format(where="get_next_batch_to_run"))
+    assert done.returncode == 0, done.stdout
+    died = "caught: The engine died while serving a request: ZeroDivisionError: planted in the scheduler's loop"
+    dead = "caught: The engine is dead and can only be closed: ZeroDivisionError: planted in the scheduler's loop"
+    assert died in done.stdout or dead in done.stdout
+    assert "drop: The engine is dead and can only be closed" in done.stdout
+    assert "left in order" in done.stdout
