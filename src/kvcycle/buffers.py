@@ -100,9 +100,9 @@ def find_slots(roots: Mapping[str, Any]) -> list[Slot]:
     holders: dict[int, str] = {}
     seen: set[int] = set()
 
-    def visit(value: Any, path: str, slot: Callable[[], Slot] | None) -> None:
+    def visit(value: Any, path: str, place: tuple[Any, Any] | None) -> None:
         if isinstance(value, jax.Array):
-            if slot is None:
+            if place is None:
                 raise UnknownBufferError(
                     f"{path} is a device array of {value.shape} in a place that cannot be assigned, so it could not "
                     "be rebuilt in place; kvcycle does not know this kind of pool."
@@ -112,23 +112,23 @@ def find_slots(roots: Mapping[str, Any]) -> list[Slot]:
                     f"{path} and {first} hold the same device array; rebuilding both would need twice the memory."
                 )
             holders[id(value)] = path
-            slots.append(slot())
+            slots.append(Slot(*place, path))
             return
         if isinstance(value, _LEAVES) or id(value) in seen:
             return
         seen.add(id(value))
         if isinstance(value, list):
             for index, item in enumerate(value):
-                visit(item, f"{path}[{index}]", lambda index=index: Slot(value, index, f"{path}[{index}]"))
+                visit(item, f"{path}[{index}]", (value, index))
         elif isinstance(value, dict):
             for key, item in value.items():
-                visit(item, f"{path}[{key!r}]", lambda key=key: Slot(value, key, f"{path}[{key!r}]"))
+                visit(item, f"{path}[{key!r}]", (value, key))
         elif isinstance(value, (tuple, set, frozenset, deque)):
             for index, item in enumerate(value):
                 visit(item, f"{path}[{index}]", None)
         elif hasattr(value, "__dict__"):
             for name, item in vars(value).items():
-                visit(item, f"{path}.{name}", lambda name=name: Slot(value, name, f"{path}.{name}"))
+                visit(item, f"{path}.{name}", (value, name))
         else:
             for leaf in jax.tree_util.tree_leaves(value):
                 if isinstance(leaf, jax.Array):
@@ -192,8 +192,10 @@ class ZeroAllocator:
             )
 
         # Without out_shardings jit leaves its results uncommitted, as the array in the slot was.
-        shardings = {"out_shardings": tuple(spec.sharding for spec in specs)} if committed else {}
-        return jax.jit(zeros, **shardings).lower().compile()
+        shardings = tuple(spec.sharding for spec in specs)
+        jitted = jax.jit(zeros, out_shardings=shardings) if committed else jax.jit(zeros)
+        compiled: Callable[[], tuple[jax.Array, ...]] = jitted.lower().compile()
+        return compiled
 
     def __call__(self) -> list[jax.Array]:
         """Allocate; returns the arrays in the order of the specs, once they are really there.
@@ -215,7 +217,9 @@ class ZeroTester:
     def __init__(self, specs: Sequence[BufferSpec]) -> None:
         abstract = [jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=spec.sharding) for spec in specs]
         # != 0 is True for NaN as well.
-        self._any_nonzero = jax.jit(lambda *arrays: [jnp.any(array != 0) for array in arrays]).lower(*abstract).compile()
+        self._any_nonzero = (
+            jax.jit(lambda *arrays: [jnp.any(array != 0) for array in arrays]).lower(*abstract).compile()
+        )
 
     def __call__(self, arrays: Sequence[jax.Array]) -> list[bool]:
         """For each array whether any element is not zero."""

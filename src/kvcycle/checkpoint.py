@@ -134,14 +134,14 @@ def _write_weights(folder: Path, config: dict[str, Any], seed: int) -> None:
 
     rng = np.random.default_rng(seed)
 
-    def normal(*shape: int, std: float) -> np.ndarray:
+    def normal(*shape: int, std: float) -> np.ndarray[Any, Any]:
         return (rng.standard_normal(shape, dtype=np.float32) * std).astype(bfloat16)
 
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     q_width = config["num_attention_heads"] * head_dim
     kv_width = config["num_key_value_heads"] * head_dim
-    tensors: dict[str, np.ndarray] = {
+    tensors: dict[str, np.ndarray[Any, Any]] = {
         "model.embed_tokens.weight": normal(config["vocab_size"], hidden, std=1.0),
         "model.norm.weight": np.ones(hidden, dtype=bfloat16),
         "lm_head.weight": normal(config["vocab_size"], hidden, std=hidden**-0.5),

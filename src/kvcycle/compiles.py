@@ -34,6 +34,14 @@ def _count(kind: str | None) -> None:
             _totals[kind] += 1
 
 
+def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:  # noqa: ARG001 - jax.monitoring's signature
+    _count(_DURATIONS.get(event))
+
+
+def _on_event(event: str, **_: str | int) -> None:
+    _count(_EVENTS.get(event))
+
+
 def _listen() -> None:
     """Register the listeners once; jax.monitoring offers no public way to take one back."""
     global _listening  # one process, one counter: jax.monitoring is process-wide as well
@@ -41,8 +49,8 @@ def _listen() -> None:
         if _listening:
             return
         _listening = True
-    jax.monitoring.register_event_duration_secs_listener(lambda event, _seconds, **_: _count(_DURATIONS.get(event)))
-    jax.monitoring.register_event_listener(lambda event, **_: _count(_EVENTS.get(event)))
+    jax.monitoring.register_event_duration_secs_listener(_on_duration)
+    jax.monitoring.register_event_listener(_on_event)
 
 
 def total() -> Compiles:

@@ -102,7 +102,9 @@ class Containment:
             raise
         except Exception as error:
             self.end()
-            raise EngineBootError(f"The engine did not boot: {type(error).__name__}: {_last_line(str(error))}") from error
+            raise EngineBootError(
+                f"The engine did not boot: {type(error).__name__}: {_last_line(str(error))}"
+            ) from error
         except BaseException:
             self.end()
             raise
@@ -118,8 +120,8 @@ class Containment:
         engine, scheduler = channel.engine, channel.scheduler
         scheduler.parent_process = _Addressee(self)
         scheduler.tp_worker.parent_process = _Addressee(self)
-        # Learn which thread is the scheduler's: a crash is logged before its SIGQUIT is sent, so whoever gives the signal
-        # handlers back must see that thread end first.
+        # Learn which thread is the scheduler's: a crash is logged before its SIGQUIT is sent, so whoever gives the
+        # signal handlers back must see that thread end first.
         channel.call(lambda: None)
         manager = engine.tokenizer_manager
         from sgl_jax.srt.managers import tokenizer_manager as module
@@ -162,8 +164,12 @@ class Containment:
             loop = asyncio.get_running_loop()
             died: asyncio.Future[None] = loop.create_future()
 
+            def tell() -> None:
+                if not died.done():
+                    died.set_result(None)
+
             def wake() -> None:
-                loop.call_soon_threadsafe(lambda: died.done() or died.set_result(None))
+                loop.call_soon_threadsafe(tell)
 
             self._wake.append(wake)
             chunks = original(*args, **kwargs)

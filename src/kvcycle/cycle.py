@@ -24,7 +24,7 @@ from kvcycle.errors import ParamSetError
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet, Sharing, perturbed, sharing, swap
 from kvcycle.platform import return_freed_memory
-from kvcycle.profile import Profile
+from kvcycle.profile import Platform, Profile
 from kvcycle.record import (
     KV,
     Canary,
@@ -311,9 +311,8 @@ class _Run:
                 info=info[0] if info else None,
             )
         )
-        self.progress(
-            f"cycle {index}: {name}: {exact_bytes(sample.ledger_bytes_sum)} in use, {seconds(ended - self.phase_started)}"
-        )
+        took = seconds(ended - self.phase_started)
+        self.progress(f"cycle {index}: {name}: {exact_bytes(sample.ledger_bytes_sum)} in use, {took}")
         self._save()
 
     def _sample(self) -> memory.MemorySnapshot:
@@ -334,7 +333,7 @@ class _Run:
 
     def _kv(self) -> KV:
         config = self.profile.model_config_json()
-        platform = "cpu" if jax.default_backend() == "cpu" else "tpu"
+        platform: Platform = "cpu" if jax.default_backend() == "cpu" else "tpu"
         predicted = predict_kv(config, self.profile.engine_args(platform)) if config else None
         pools = inband.pools_of(self.engine)
         by_pool = {name: [slot for slot in self.kv.slots if slot.path.startswith(name)] for name in pools}

@@ -220,9 +220,7 @@ class _Buffers:
 
     def _no_room(self, error: Exception) -> RebuildError:
         snapshot = memory.snapshot(largest=3)
-        needed = "; ".join(
-            f"device {device}: {exact_bytes(size)}" for device, size in self.bytes_by_device.items()
-        )
+        needed = "; ".join(f"device {device}: {exact_bytes(size)}" for device, size in self.bytes_by_device.items())
         holders = ", ".join(f"{what} ({exact_bytes(size)})" for what, size in snapshot.largest_other)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return RebuildError(

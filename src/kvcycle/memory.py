@@ -93,7 +93,7 @@ def _in_host_memory(array: jax.Array) -> bool:
     kind = array.sharding.memory_kind
     if kind is None:
         return False
-    device = next(iter(array.sharding.device_set))
+    device: Any = next(iter(array.sharding.device_set))  # default_memory() is missing from its stub
     return bool(kind != device.default_memory().kind)
 
 

@@ -116,9 +116,7 @@ def sharing(engine: Any, params: ParamSet) -> Sharing:
     model = [variable.get_value() for variable in _model_variables(runner)]
     return Sharing(
         leaves=len(params.leaves),
-        runner_shared=sum(
-            used is leaf for used, leaf in zip(runner.model_state_leaves, params.leaves, strict=False)
-        ),
+        runner_shared=sum(used is leaf for used, leaf in zip(runner.model_state_leaves, params.leaves, strict=False)),
         model_params=len(model),
         model_shared=sum(id(array) in given for array in model),
     )

@@ -137,9 +137,8 @@ class Profile(_Table):
         if path.startswith(checkpoint.BUILTIN_PREFIX):
             name = path.removeprefix(checkpoint.BUILTIN_PREFIX)
             if name not in checkpoint.BUILTIN:
-                raise ProfileError(
-                    f"model.path={path!r}: there is no built-in checkpoint of that name{_nearest(name, checkpoint.BUILTIN)}."
-                )
+                hint = _nearest(name, checkpoint.BUILTIN)
+                raise ProfileError(f"model.path={path!r}: there is no built-in checkpoint of that name{hint}.")
             try:
                 return checkpoint.ensure_builtin(name, seed=self.model.seed)
             except OSError as error:
@@ -181,7 +180,9 @@ class Profile(_Table):
         engine = self.engine_args(platform)
         tp, dp, page = engine["tp_size"], engine["dp_size"], engine["page_size"]
         if tp % dp:
-            raise ProfileError(f"engine.dp_size={dp} does not divide engine.tp_size={tp}; every rank needs as many devices.")
+            raise ProfileError(
+                f"engine.dp_size={dp} does not divide engine.tp_size={tp}; every rank needs as many devices."
+            )
         tokens = engine["max_total_tokens"]
         if tokens is not None and tokens < page:
             raise ProfileError(f"engine.max_total_tokens={tokens} is less than one page (engine.page_size={page}).")
@@ -303,9 +304,7 @@ def _check_engine_keys(table: str, arguments: Mapping[str, Any]) -> None:
         if key in _RESERVED_ENGINE_KEYS:
             raise ProfileError(f"{table}.{key} cannot be set: {_RESERVED_ENGINE_KEYS[key]}.")
         if known and key not in known:
-            raise ProfileError(
-                f"{table}.{key} is no argument of the installed sglang-jax{_nearest(key, known)}."
-            )
+            raise ProfileError(f"{table}.{key} is no argument of the installed sglang-jax{_nearest(key, known)}.")
 
 
 @cache

@@ -25,9 +25,7 @@ Evidence = Literal["measured-on-tpu", "measured-on-gpu", "simulated-on-cpu", "co
 Witness = Literal["ledger", "allocator", "rss"]
 Owner = Literal["weights", "kv", "params2", "other"]
 Outcome = Literal["pass", "fail", "inconclusive", "not-run"]
-When = Literal[
-    "cold", "warm", "prefix_hit", "after_rebuild", "with_params2", "after_swap_back", "after_clear_caches"
-]
+When = Literal["cold", "warm", "prefix_hit", "after_rebuild", "with_params2", "after_swap_back", "after_clear_caches"]
 PhaseName = Literal[
     "engine_ready",
     "generate_result",
@@ -39,6 +37,7 @@ PhaseName = Literal[
     "after_drop_param_dict2",
 ]
 
+OUTCOMES: tuple[Outcome, ...] = ("pass", "fail", "inconclusive", "not-run")
 OWNERS: tuple[Owner, ...] = ("weights", "kv", "params2", "other")
 PHASES: tuple[PhaseName, ...] = (
     "engine_ready",
@@ -287,7 +286,7 @@ class Verdict(_Part):
 class Record(_Part):
     """One run: what was run, on what, what was measured, and the verdicts on it."""
 
-    schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal[1] = Field(default=1, alias="schema")
     evidence: Evidence
     created: str
     profile: dict[str, Any]
@@ -324,8 +323,8 @@ class Record(_Part):
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(self.to_json() + "\n")
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise

@@ -19,7 +19,7 @@ PLAIN_KV_MODELS = frozenset({"qwen2", "qwen3", "qwen3_moe", "llama", "qwen2_moe"
 
 @dataclass(frozen=True)
 class KVPrediction:
-    """Predicted KV bytes, summed and on each of the ``tp_size`` devices (all equal), and the formula with its numbers."""
+    """Predicted KV bytes, summed and on each of the ``tp_size`` devices (all equal), and the formula in numbers."""
 
     total_bytes: int
     bytes_per_device: int

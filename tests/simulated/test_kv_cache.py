@@ -117,13 +117,13 @@ def test_a_request_while_dropped_fails_in_its_caller(
     kv: kvcycle.KVCache, live_engine: Any, entry: str, generate: Callable[[], Generate], cold: Generate
 ) -> None:
     kv.drop()
+    calls: dict[str, Callable[[], Any]] = {
+        "generate": lambda: live_engine.generate(prompt="Hello"),
+        "stream": lambda: next(iter(live_engine.generate(prompt="Hello", stream=True))),
+        "encode": lambda: live_engine.encode(prompt="Hello"),
+    }
     with pytest.raises(KVCacheDroppedError, match=r"its KV cache is dropped\. Call rebuild\(\)"):
-        if entry == "generate":
-            live_engine.generate(prompt="Hello")
-        elif entry == "stream":
-            next(iter(live_engine.generate(prompt="Hello", stream=True)))
-        else:
-            live_engine.encode(prompt="Hello")
+        calls[entry]()
     kv.rebuild()
     assert generate().token_ids == cold.token_ids
 
@@ -153,7 +153,7 @@ def test_a_busy_engine_refuses_with_counts_and_loses_nothing(
             last = chunk
         return last["text"], refusal.value
 
-    tokens, refusal = live_engine.loop.run_until_complete(stream_and_drop())
+    text, refusal = live_engine.loop.run_until_complete(stream_and_drop())
     assert refusal.counts == {"waiting": 0, "running": 1}
     assert str(refusal) == (
         "The engine is busy: requests 1 running. Wait for the requests or abort them; drop(wait_s=…) waits for them."
@@ -210,9 +210,7 @@ def test_a_rebuild_without_memory_stays_dropped_and_can_be_repeated(
     assert generate().compiles.any_work == 0
 
 
-def test_both_are_told_if_the_block_and_the_rebuild_fail(
-    kv: kvcycle.KVCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_are_told_if_the_block_and_the_rebuild_fail(kv: kvcycle.KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted() -> list[jax.Array]:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 

@@ -20,7 +20,9 @@ def test_witness_saw_the_boot(verdict: Verdict, assert_passes: Assert) -> None:
     assert_passes(verdict)
 
 
-@pytest.mark.check("controls.witnesses_agree", per=("allocator:cycle{cycle}-device{device}-allocator", "cycle{cycle}-rss"))
+@pytest.mark.check(
+    "controls.witnesses_agree", per=("allocator:cycle{cycle}-device{device}-allocator", "cycle{cycle}-rss")
+)
 def test_witnesses_agree(verdict: Verdict, assert_passes: Assert) -> None:
     assert_passes(verdict)
 

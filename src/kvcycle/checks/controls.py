@@ -91,15 +91,14 @@ def witness_saw_boot(record: Record) -> Iterator[Verdict]:
 
 def witnesses_agree(record: Record) -> Iterator[Verdict]:
     """Allocator and RSS, where they speak, report the same changes as the ledger; a disagreement is a failure."""
-    check = "controls.witnesses_agree"
     for index, cycle in enumerate(record.cycles):
         pairs = list(zip(cycle.phases, cycle.phases[1:], strict=False))
         for device in record.devices:
-            gaps = [
-                (gap, after.name) for before, after in pairs if (gap := _gap(before, after, device.id)) is not None
-            ]
+            gaps = [(gap, after.name) for before, after in pairs if (gap := _gap(before, after, device.id)) is not None]
             if gaps:
-                yield _agreement(record, scope(index, device.id), "allocator", max(gaps, key=lambda entry: abs(entry[0])), 0)
+                yield _agreement(
+                    record, scope(index, device.id), "allocator", max(gaps, key=lambda entry: abs(entry[0])), 0
+                )
         # RSS follows the KV cache's large buffers only, see platform.map_large_allocations.
         gaps = [
             (after.rss_bytes - before.rss_bytes - (after.ledger_bytes_sum - before.ledger_bytes_sum), after.name)

@@ -147,7 +147,7 @@ def same_output(record: Record) -> Iterator[Verdict]:
                 expected=0,
                 measured=different,
                 unit="tokens",
-                what=f"token ids (of {len(before.token_ids)}) that differ from the warm generation's{_first(before, after)}",
+                what=f"token ids (of {len(before.token_ids)}) unlike the warm generation's{_first(before, after)}",
                 causes=("the rebuilt cache, or the weights, are not what they were",),
                 blind=blind,
             )

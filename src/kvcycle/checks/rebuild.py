@@ -94,7 +94,7 @@ def zeroed(record: Record) -> Iterator[Verdict]:
 
 
 def swap_shares_buffers(record: Record) -> Iterator[Verdict]:
-    """With the second set swapped in, the engine's parameters *are* its arrays; and the first set's after the swap back."""
+    """Swapped in, the second set's arrays *are* the engine's parameters; and after the way back, the first set's."""
     check = "swap.shares_buffers"
     if (verdict := left_out(check, record)) is not None:
         yield verdict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from kvcycle.checks import passed
 from kvcycle.checks.generation import thresholds_s
-from kvcycle.record import Cycle, PhaseName, Record, Verdict, When
+from kvcycle.record import OUTCOMES, Cycle, PhaseName, Record, Verdict, When
 from kvcycle.text import exact_bytes, seconds
 
 #: The phases with an expected change, and the check that judges it.
@@ -60,20 +61,20 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
 def verdict_line(record: Record, verdicts: Sequence[Verdict]) -> str:
     """One line: the verdict, its evidence label, what was validated, and the verdicts by outcome; with rich markup."""
     counts = Counter(verdict.verdict for verdict in verdicts)
-    numbers = ", ".join(f"{counts[outcome]} {outcome}" for outcome in _STYLE if counts[outcome])
+    numbers = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
     good = passed(list(verdicts))
     kinds = ", ".join(sorted({device.kind for device in record.devices}))
     name = escape(str(record.profile.get("name", "?")))
     return (
-        f"[{'bold green' if good else 'bold red'}]{'PASSED' if good else 'FAILED'}[/] [{record.evidence}] {name} on "
+        f"[{'bold green' if good else 'bold red'}]{'PASSED' if good else 'FAILED'}[/] \\[{record.evidence}] {name} on "
         f"{len(record.devices)} {escape(kinds)} devices, sglang-jax {escape(record.stack.sglang_jax)}, "
         f"jax {escape(record.stack.jax)}: {numbers or 'nothing was judged'}"
-    ).replace(f"[{record.evidence}]", f"\\[{record.evidence}]")
+    )
 
 
 def _changes(cycle: Cycle) -> list[tuple[str, int]]:
     sums = [(phase.name, phase.ledger_bytes_sum) for phase in cycle.phases if phase.name in _JUDGED]
-    return [(name, size - before) for (_, before), (name, size) in zip(sums, sums[1:], strict=False)]
+    return [(name, size - before) for (_, before), (name, size) in itertools.pairwise(sums)]
 
 
 def _of_cycle(verdicts: Sequence[Verdict], index: int) -> list[Verdict]:
@@ -111,9 +112,13 @@ def _phase_table(record: Record, verdicts: Sequence[Verdict], index: int, *, nar
 
 def _expected(record: Record, name: PhaseName) -> int | None:
     kv = record.kv.predicted_bytes if record.kv.predicted_bytes is not None else record.kv.bytes
-    return {"kv_cache_dropped": -kv, "sglang_param_dict2_ready": record.params.bytes_on_devices, "kv_cache_rebuilt": kv}.get(
-        name
-    )
+    changes: dict[PhaseName, int] = {
+        "kv_cache_dropped": -kv,
+        "sglang_param_dict2_ready": record.params.bytes_on_devices,
+        "kv_cache_rebuilt": kv,
+        "after_drop_param_dict2": -record.params.bytes_on_devices,
+    }
+    return changes.get(name)
 
 
 def _worst(check: str, verdicts: Sequence[Verdict], index: int) -> str:

@@ -1,0 +1,57 @@
+# The suite's commands. STACK=… selects another file of constraints/, with a virtual environment of its own;
+# PYTHON=… the interpreter that a new environment is made with; ARGS=… goes to pytest as it is.
+DEFAULT_STACK := sglang-jax-0.1.0rc0
+STACK ?= $(DEFAULT_STACK)
+ARGS ?=
+
+VENV := $(if $(filter $(DEFAULT_STACK),$(STACK)),.venv,.venv-$(STACK))
+PINS := constraints/$(STACK).txt
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+# sglang-jax answers a crash with SIGQUIT to its parent, which would be make: the guard takes it and keeps the exit code.
+PYTEST := $(BIN)/python scripts/guard.py $(BIN)/pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format constraints clean FORCE
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "  STACK=$(STACK) (one of: $(basename $(notdir $(wildcard constraints/*.txt))))"
+	@echo "  PYTHON=/path/to/python3.13 for the interpreter of a new environment; ARGS=… for pytest"
+
+demo: $(STAMP) ## Run the hardware suite on the real engine, tiny model, virtual CPU devices
+	$(PYTEST) -m tpu --kv-platform cpu --kv-profile tiny tests/tpu $(ARGS)
+
+test: lint ## Lint, check types and run every test that needs no TPU
+	$(PYTEST) -m "not tpu" --junitxml=reports/tests/junit.xml $(ARGS)
+
+lint: $(STAMP) ## Check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP) ## Mend style and formatting in place
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+constraints: ## Resolve STACK anew on Python 3.12 and 3.13 and write its constraints file
+	@python="$$(scripts/find-python.sh)" && "$$python" scripts/constraints.py "$(STACK)"
+
+clean: ## Remove the virtual environments and caches; what runs wrote to reports/ stays
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment serves only while its python runs, and only in the folder it was made in: its scripts name that folder.
+MADE_IN := $(shell $(BIN)/python -c 'print(open("$(VENV)/.made-in").read().strip())' 2>/dev/null)
+ifneq ($(MADE_IN),$(CURDIR))
+$(STAMP): FORCE
+endif
+
+$(STAMP): pyproject.toml $(PINS) Makefile
+	@scripts/bootstrap.sh "$(VENV)" "$(PINS)"
+	@touch $@
+
+# Reached only when the file is not there.
+constraints/%.txt:
+	@echo "There is no $@. STACK may be one of: $(basename $(notdir $(wildcard constraints/*.txt)));" \
+		"'make constraints STACK=$*' makes another." >&2; exit 1
