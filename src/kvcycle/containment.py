@@ -14,6 +14,7 @@ or on the objects of one engine:
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import threading
@@ -110,6 +111,7 @@ class Containment:
             raise
         finally:
             entrypoint._set_envs_and_config = original
+            _keep_message_contexts()
             if main:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, self._handlers.pop(signal.SIGALRM))
@@ -191,6 +193,20 @@ class Containment:
                 self._wake.remove(wake)
 
         manager.generate_request = generate_request
+
+
+_kept: list[Any] = []
+
+
+def _keep_message_contexts() -> None:
+    """Keep every zmq context alive until the process ends.
+
+    The engine never closes its sockets. A context that is garbage collected waits for them for ever, which hangs the
+    process in its last line; one that lives until the interpreter's own end does not wait.
+    """
+    import zmq
+
+    _kept.extend(thing for thing in gc.get_objects() if issubclass(type(thing), zmq.Context))
 
 
 class _Addressee:

@@ -83,7 +83,7 @@ def test_a_boot_that_fails_is_one_error_with_its_cause_and_the_rest_skip_quoting
     cases = [case for suite in JUnitXml.fromfile(str(tmp_path / "latest" / "junit.xml")) for case in suite]
     (cause,) = [result.text or "" for case in cases for result in case.result if isinstance(result, Error)]
     assert "The engine did not boot" in cause
-    assert "SafetensorError" in cause or "HeaderTooLarge" in cause or "header" in cause
+    assert "Its last words: MemoryError" in cause  # the engine reads the first eight bytes as the header's length
     reasons = {result.message for case in cases for result in case.result if isinstance(result, Skipped)}
     assert len(reasons) == 1
     assert reasons.pop().startswith("skipped since the engine did not boot: The engine did not boot")
