@@ -76,40 +76,44 @@ def ensure_builtin(name: str, *, seed: int = 0, root: Path | None = None) -> Pat
     return ensure(name, BUILTIN[name], seed=seed, root=root)
 
 
-def ensure(name: str, config: dict[str, Any], *, seed: int = 0, root: Path | None = None) -> Path:
+def ensure(name: str, config: dict[str, Any], *, seed: int = 0, root: Path | None = None, weights: bool = True) -> Path:
     """Return the folder of a checkpoint with this config, writing it atomically if it is not there yet.
+
+    Without ``weights`` it has config and tokenizer only, for an engine that boots with ``load_format="dummy"``.
 
     The folder's name carries the content address, so a changed config never meets an old folder, and a writer that
     dies leaves no half-written checkpoint under the final name.
     """
     home = (root or cache_root()) / "checkpoints"
     target = home / f"{name}-{fingerprint(config, seed)}"
-    if (target / "model.safetensors").is_file():
+    last = "model.safetensors" if weights else "tokenizer.json"
+    if (target / last).is_file():
         return target.resolve()
     home.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
     try:
-        write(staging, config, seed=seed)
+        write(staging, config, seed=seed, weights=weights)
         try:
             staging.rename(target)
         except OSError:
             # Another process finished first: its folder has the same content by construction.
-            if not (target / "model.safetensors").is_file():
+            if not (target / last).is_file():
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target.resolve()
 
 
-def write(folder: Path, config: dict[str, Any], *, seed: int = 0) -> None:
-    """Write config.json, the tokenizer files and model.safetensors for ``config`` into ``folder``."""
+def write(folder: Path, config: dict[str, Any], *, seed: int = 0, weights: bool = True) -> None:
+    """Write config.json, the tokenizer files and (with ``weights``) model.safetensors into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(
         json.dumps({"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}) + "\n"
     )
     _write_tokenizer(folder)
-    _write_weights(folder, config, seed)
+    if weights:
+        _write_weights(folder, config, seed)
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -1,42 +1,110 @@
-"""The command line: ``kvcycle report`` re-judges and prints a record, ``kvcycle profiles`` lists what can be run."""
+"""The command line: replay a profile at full size, report and compare records, list the profiles."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from kvcycle import reference
 from kvcycle.checks import judge, passed
 from kvcycle.errors import KVCycleError
-from kvcycle.profile import load_profile, profile_names
+from kvcycle.profile import load_profile, parse_overrides, profile_names
 from kvcycle.record import Record
-from kvcycle.report import terminal
+from kvcycle.report import side_by_side, terminal
+from kvcycle.report.folder import new_run_dir
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Validate that a KV cache's HBM can be lent.")
+
+ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="profile by name or path")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="set a profile key; repeatable")
+]
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Print what kvcycle refuses as its sentence, with exit code 2; a traceback is for what nobody foresaw."""
+    try:
+        yield
+    except KVCycleError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def replay(
+    profile: ProfileOption = "qwen2.5-3b-v4-8",
+    assignments: SetOption = None,
+    report_dir: Annotated[Path, typer.Option(help="where the run gets a folder")] = Path("reports"),
+) -> None:
+    """Run the cycle at full size on virtual CPU devices with dummy weights, and compare with the reference."""
+    from kvcycle.replay import replay as run
+
+    console = terminal.console()
+    started = time.perf_counter()
+
+    def say(line: str) -> None:
+        console.print(f"kvcycle {time.perf_counter() - started:7.1f} s  {line}", markup=False, soft_wrap=True)
+
+    with sentences():
+        loaded = load_profile(profile, parse_overrides(assignments or []))
+        run_dir = new_run_dir(report_dir)
+        record = run(loaded, run_dir / "record.json", say)
+    terminal.show(record, record.checks, console)
+    noted = reference.run_for(loaded.model_config_json() or {}, loaded.engine.max_total_tokens, loaded.engine.tp_size)
+    equal = True
+    if noted is not None:
+        equal = side_by_side.show_reference(record, reference.load(), noted, console)
+        console.print(
+            "Every difference equals the reference to the byte." if equal else "[bold red]Not as in the reference.[/]"
+        )
+    console.print(f"Reports: {run_dir}")
+    if not (equal and passed(list(record.checks))):
+        raise typer.Exit(1)
 
 
 @app.command()
 def report(record: Annotated[Path, typer.Argument(help="a record.json of any run")]) -> None:
     """Judge a record again and print it; exit code 1 if it does not pass."""
-    try:
+    with sentences():
         loaded = Record.load(record)
-    except KVCycleError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
     verdicts = judge(loaded)
-    terminal.show(loaded, verdicts, Console(highlight=False))
+    terminal.show(loaded, verdicts, terminal.console())
     if not passed(verdicts):
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="a record.json: predicted, or of another run")],
+    second: Annotated[Path, typer.Argument(help="the record.json to compare with it")],
+) -> None:
+    """Compare two records phase by phase and device by device, exactly; exit code 1 if they differ."""
+    with sentences():
+        one, two = Record.load(first), Record.load(second)
+        if (reason := side_by_side.comparable(one, two)) is not None:
+            raise KVCycleError(f"{first} and {second} cannot be compared: {reason}.")
+    console = terminal.console()
+    side_by_side.show_comparison(one, two, console)
+    different = side_by_side.differences(one, two)
+    if different:
+        console.print(f"[bold red]DIFFERENT[/] in {len(different)} places")
+        raise typer.Exit(1)
+    console.print("[bold green]EQUAL[/] to the byte, on every device and in every phase that both have")
 
 
 @app.command()
 def profiles() -> None:
     """List the profiles that come with kvcycle."""
     table = Table("profile", "model", "devices", "what it is")
-    for name in profile_names():
-        profile = load_profile(name)
-        table.add_row(name, profile.model.path, str(profile.devices_needed), profile.description)
-    Console().print(table)
+    with sentences():
+        for name in profile_names():
+            loaded = load_profile(name)
+            table.add_row(name, loaded.model.path, str(loaded.devices_needed), loaded.description)
+    terminal.console().print(table)

@@ -187,7 +187,9 @@ class _Run:
         requested = self.params_facts.bytes_by_device
         first = ParamSet.of(self.engine)
         try:
-            self.params2 = ParamSet.clone(self.engine, perturbed(self.profile.cycle.perturb))
+            # Perturbed only where the output is compared: it must then follow the weights.
+            change = perturbed(self.profile.cycle.perturb) if self.profile.cycle.generate else None
+            self.params2 = ParamSet.clone(self.engine, change)
         except ParamSetError as error:
             return Params2Info(
                 arrays=0, requested_bytes_by_device=requested, buffers=0, buffers_shared_with_engine=0, error=str(error)

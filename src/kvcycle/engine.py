@@ -40,7 +40,7 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
     """
     chosen = platform or ("cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" else "tpu")
     profile.check_geometry(chosen)
-    folder = profile.model_folder()
+    folder = profile.boot_folder(chosen)
     platforms.prepare(chosen, profile.devices_needed)
     _check_devices(chosen, profile)
 

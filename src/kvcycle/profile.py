@@ -31,6 +31,10 @@ _RESERVED_ENGINE_KEYS = {
 }
 
 
+_SHIPPED = "shipped:"
+_CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,6 +44,8 @@ class ModelSpec(_Table):
 
     path: str
     seed: int = 0
+    #: Where the geometry is known without the weights: ``shipped:NAME``, or a folder with a config.json.
+    config: str | None = None
 
 
 class EngineArgs(BaseModel):
@@ -60,6 +66,10 @@ class OnCPU(_Table):
     """What differs when the suite runs on virtual CPU devices."""
 
     engine: dict[str, Any] = Field(default_factory=lambda: {"attention_backend": "native"})
+    #: Boot with dummy weights from the geometry in model.config: no download, and no meaningful output.
+    dummy_weights: bool = False
+    #: False where the machine could not generate at this width: bytes are simulated, generation is left out.
+    generate: bool = True
 
 
 class CycleSpec(_Table):
@@ -120,7 +130,15 @@ class Profile(_Table):
         arguments = self.engine.model_dump()
         if platform == "cpu":
             arguments = EngineArgs.model_validate(arguments | self.on_cpu.engine).model_dump()
+            if self.on_cpu.dummy_weights:
+                arguments["load_format"] = "dummy"
         return arguments | {"device": platform}
+
+    def on(self, platform: Platform) -> Profile:
+        """The profile as it runs on a platform: on CPU, without generation where on_cpu.generate says so."""
+        if platform == "cpu" and not self.on_cpu.generate:
+            return self.model_copy(update={"cycle": self.cycle.model_copy(update={"generate": False})})
+        return self
 
     @property
     def devices_needed(self) -> int:
@@ -158,9 +176,57 @@ class Profile(_Table):
             )
         return None
 
+    def boot_folder(self, platform: Platform) -> Path | None:
+        """The folder to boot from: the model's, or on CPU with dummy weights one with its geometry only.
+
+        Raises:
+            ProfileError: as :meth:`model_folder`.
+        """
+        if platform != "cpu" or not self.on_cpu.dummy_weights:
+            return self.model_folder()
+        config = self.model_config_json()
+        if config is None:
+            raise ProfileError(
+                "on_cpu.dummy_weights needs a geometry: set model.config to a folder with a config.json."
+            )
+        try:
+            return checkpoint.ensure(f"{self.name}-geometry", config, weights=False)
+        except OSError as error:
+            raise ProfileError(
+                f"The geometry of {self.name} cannot be written to {checkpoint.cache_root()}: {error}. "
+                "Set KVCYCLE_CACHE to a folder that can be written."
+            ) from error
+
+    def config_folder(self) -> Path | None:
+        """The folder of the model's config.json: model.config if it is set, else the model's own; None for a hub id.
+
+        Raises:
+            ProfileError: there is none where it should be.
+        """
+        if self.model.config is None:
+            return self.model_folder()
+        if self.model.config.startswith(_SHIPPED):
+            name = self.model.config.removeprefix(_SHIPPED)
+            folder = _CONFIGS / name
+            if not folder.is_dir():
+                known = sorted(path.name for path in _CONFIGS.iterdir() if path.is_dir())
+                raise ProfileError(
+                    f"model.config={self.model.config!r}: no such config is shipped{_nearest(name, known)}; "
+                    f"there are: {', '.join(known)}."
+                )
+            return folder
+        folder = Path(self.model.config).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ProfileError(f"model.config={self.model.config!r} is no folder with a config.json.")
+        return folder.resolve()
+
     def model_config_json(self) -> dict[str, Any] | None:
-        """The model's config.json, None for a hub id that was not resolved to a folder."""
-        folder = self.model_folder()
+        """The model's config.json, None for a hub id whose geometry is not known here.
+
+        Raises:
+            ProfileError: it cannot be read.
+        """
+        folder = self.config_folder()
         if folder is None:
             return None
         try:

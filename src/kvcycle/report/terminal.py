@@ -25,6 +25,9 @@ _JUDGED: dict[PhaseName, str] = {
     "kv_cache_rebuilt": "rebuild.restores_bytes",
     "after_drop_param_dict2": "cycles.no_growth",
 }
+#: Columns of a table that is written to a log or a file.
+LOG_WIDTH = 110
+
 _STYLE = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "not-run": "dim"}
 _WHEN: tuple[tuple[When, str], ...] = (
     ("cold", "cold (first)"),
@@ -32,6 +35,12 @@ _WHEN: tuple[tuple[When, str], ...] = (
     ("after_rebuild", "after the rebuild, slowest"),
     ("after_clear_caches", "control: jax's caches cleared"),
 )
+
+
+def console() -> Console:
+    """A console for standard output: as wide as the terminal, or :data:`LOG_WIDTH` where there is none."""
+    plain = Console(highlight=False)
+    return plain if plain.is_terminal else Console(highlight=False, width=LOG_WIDTH)
 
 
 def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
