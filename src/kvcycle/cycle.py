@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvcycle import compiles, inband, memory
+from kvcycle import compiles, internals, memory
 from kvcycle.buffers import BufferSpec, ZeroAllocator, find_slots
 from kvcycle.engine import boot_evidence, stack
 from kvcycle.errors import ParamSetError
@@ -205,7 +205,7 @@ class _Run:
 
     def _rebuilt(self) -> RebuildInfo:
         """Walk the engine's pools anew, so that what is compared is what the engine holds, not what was put there."""
-        found = find_slots(inband.pools_of(self.engine))
+        found = find_slots(internals.pools_of(self.engine))
         before = {slot.path: slot.owner for slot in self.kv.slots}
         after = {slot.path: slot.owner for slot in found}
         return RebuildInfo(
@@ -323,7 +323,7 @@ class _Run:
         if jax.default_backend() == "cpu":
             return_freed_memory()
         owners: dict[Owner, Iterable[jax.Array]] = {
-            "weights": inband.runner_of(self.engine).model_state_leaves,
+            "weights": internals.weight_leaves(self.engine),
             "kv": self.kv.arrays(),
             "params2": self.params2.leaves if self.params2 else (),
         }
@@ -337,7 +337,7 @@ class _Run:
         config = self.profile.model_config_json()
         platform: Platform = "cpu" if jax.default_backend() == "cpu" else "tpu"
         predicted = predict_kv(config, self.profile.engine_args(platform)) if config else None
-        pools = inband.pools_of(self.engine)
+        pools = internals.pools_of(self.engine)
         by_pool = {name: [slot for slot in self.kv.slots if slot.path.startswith(name)] for name in pools}
         return KV(
             buffers=self.kv.buffers,
@@ -349,7 +349,7 @@ class _Run:
             else None,
             predicted_by="config arithmetic" if predicted else None,
             predicted_how=predicted.formula if predicted else None,
-            claimed_bytes=inband.claimed_kv_bytes(self.engine),
+            claimed_bytes=internals.claimed_kv_bytes(self.engine),
             pools=tuple(
                 Pool(
                     type=type(pools[name]).__name__,

@@ -46,7 +46,7 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
 
     import jax
 
-    from kvcycle import compiles, inband, memory
+    from kvcycle import compiles, inband, internals, memory
     from kvcycle.containment import Containment
 
     before = memory.snapshot().devices
@@ -65,7 +65,7 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
         seconds = time.perf_counter() - started
         channel = inband.channel_of(engine)
         containment.surround(channel)
-    jax.block_until_ready(inband.runner_of(engine).model_state_leaves)
+    jax.block_until_ready(internals.weight_leaves(engine))
     evidence = Boot(seconds=seconds, before=before, after=memory.snapshot().devices, compiles=span.end())
     setattr(engine, _EVIDENCE, evidence)
     return BootedEngine(engine, containment)
@@ -108,16 +108,15 @@ class BootedEngine:
         if self.closed:
             return
         self.closed = True
-        from kvcycle import inband
+        from kvcycle import inband, internals
 
         channel = inband.channel_of(self.engine)
-        runner = inband.runner_of(self.engine)
         with suppress(EngineBusyError):  # it does not answer any more: see `stopped`
             inband.stop_scheduler(channel)
             self.stopped = True
         for slot_array in _pool_arrays(self.engine):
             slot_array.delete()
-        for leaf in runner.model_state_leaves:
+        for leaf in internals.weight_leaves(self.engine):
             leaf.delete()
         self.engine.send_to_rpc.close()
         self.containment.end()
@@ -125,11 +124,11 @@ class BootedEngine:
 
 
 def _pool_arrays(engine: Any) -> list[Any]:
-    from kvcycle import inband
+    from kvcycle import internals
     from kvcycle.buffers import find_slots
 
     try:
-        return [slot.get() for slot in find_slots(inband.pools_of(engine))]
+        return [slot.get() for slot in find_slots(internals.pools_of(engine))]
     except KVCycleError:  # pools that kvcycle cannot place keep their memory until the process ends
         return []
 

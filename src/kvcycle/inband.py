@@ -1,14 +1,12 @@
 """Runs calls on the engine's own scheduler thread, between two iterations of its loop.
 
 What touches the buffers must not race a forward, and a forward takes them away (donates) and puts new ones back. So it
-is sent to the scheduler as a message, which its dispatcher hands to us on its thread. All of this is sglang-jax's
-private API and stands only here and in ``engine.py``; seen on 0.1.0rc0:
+is sent to the scheduler as a message, which its dispatcher hands to us on its thread. The private API that this needs,
+seen on sglang-jax 0.1.0rc0 (the rest stands in ``internals.py``):
 
-- ``engine.scheduler_info["scheduler"]`` (single-process engines), ``.tp_worker`` and its ``.worker`` under overlap;
 - ``scheduler._request_dispatcher._mapping``: (type, handler) pairs, tried in order;
 - ``engine.send_to_rpc``: a socket whose messages the scheduler's loop receives;
-- ``scheduler.on_idle()``: called when nothing runs and the pipeline is empty; not while ``_engine_paused``;
-- ``scheduler._engine_paused``: new requests are queued and nothing is forwarded while it is set.
+- ``scheduler.on_idle()``: called when nothing runs and the pipeline is empty; not while the engine is paused.
 """
 
 from __future__ import annotations
@@ -23,7 +21,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from kvcycle.errors import EngineBusyError, EngineCrashedError, UnsupportedEngineError
+from kvcycle.errors import EngineBusyError, EngineCrashedError
+from kvcycle.internals import scheduler_of, unfinished_requests
 
 #: "idle": when no request is queued or running and the pipeline has drained. "now": between two iterations.
 At = Literal["idle", "now"]
@@ -180,82 +179,6 @@ def channel_of(engine: Any) -> Channel:
             channel = Channel(engine)
             setattr(engine, _CHANNEL, channel)
         return channel
-
-
-def scheduler_of(engine: Any) -> Any:
-    """The scheduler object of an in-process engine.
-
-    Raises:
-        UnsupportedEngineError: it is none, or its scheduler runs in another process.
-    """
-    info = getattr(engine, "scheduler_info", None)
-    if not isinstance(info, dict):
-        raise UnsupportedEngineError(
-            f"{type(engine).__name__} is no booted sglang-jax Engine: it has no scheduler_info. Pass the object that "
-            "sgl_jax.srt.entrypoints.engine.Engine(...) returned."
-        )
-    scheduler = info.get("scheduler")
-    if scheduler is None:
-        raise UnsupportedEngineError(
-            "The engine's scheduler runs in another process; boot the Engine with enable_single_process=True."
-        )
-    missing = [
-        name
-        for name in ("_request_dispatcher", "on_idle", "is_fully_idle", "tp_worker", "_engine_paused")
-        if not hasattr(scheduler, name)
-    ]
-    if missing:
-        raise UnsupportedEngineError(
-            f"This sglang-jax's scheduler has no {', '.join(missing)}; kvcycle was made for 0.1.0rc0."
-        )
-    return scheduler
-
-
-def runner_of(engine: Any) -> Any:
-    """The model runner: it owns the pools, the compiled forward and the weights' leaves."""
-    worker = scheduler_of(engine).tp_worker
-    # Under overlap the worker is a client that holds the real one.
-    return getattr(worker, "worker", worker).model_runner
-
-
-def pools_of(engine: Any) -> dict[str, Any]:
-    """The runner's pool objects by name: what the walk for KV and state buffers starts from."""
-    pools = getattr(runner_of(engine).memory_pools, "_pools", None)
-    return dict(pools) if pools else {"token_to_kv_pool": runner_of(engine).token_to_kv_pool}
-
-
-def claimed_kv_bytes(engine: Any) -> int | None:
-    """What the engine itself says its KV cache occupies, None if its pool cannot say."""
-    try:
-        size = runner_of(engine).token_to_kv_pool.get_kv_size_bytes()
-    except (AttributeError, NotImplementedError):
-        return None
-    return int(sum(size)) if isinstance(size, tuple) else int(size)
-
-
-def unfinished_requests(scheduler: Any) -> dict[str, int]:
-    """Requests that are queued or running, by place; finished ones whose results still drain do not count."""
-    running: set[int] = set()
-    for batch in (scheduler.running_batch, scheduler.cur_batch, scheduler.last_batch):
-        if batch is not None:
-            for info in batch.reqs_info:
-                running.update(id(request) for request in (info.reqs or ()) if not request.finished())
-    running.update(id(request) for request in scheduler.chunked_reqs if request is not None)
-    return {
-        "waiting": len(scheduler.waiting_queue) + len(scheduler.grammar_queue) + len(scheduler.pending_dp_reqs),
-        "running": len(running),
-    }
-
-
-def flush(scheduler: Any) -> None:
-    """Return all slots to the allocator and clear the prefix cache; on the scheduler's thread, when idle.
-
-    Raises:
-        EngineBusyError: the scheduler refused, with its own reason.
-    """
-    success, reason, _ = scheduler.flush_cache()
-    if not success:
-        raise EngineBusyError(f"The engine refused to flush its cache: {reason}", unfinished_requests(scheduler))
 
 
 def stop_scheduler(channel: Channel, *, timeout_s: float = 30.0) -> None:

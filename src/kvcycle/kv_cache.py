@@ -11,14 +11,14 @@ States: ``resident`` → :meth:`KVCache.drop` → ``dropped`` → :meth:`KVCache
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 
-from kvcycle import inband, memory
+from kvcycle import inband, internals, memory
 from kvcycle.buffers import BufferSpec, Slot, ZeroAllocator, ZeroTester, bytes_by_device, find_slots
 from kvcycle.errors import KVCacheDroppedError, KVCacheStateError, RebuildError, UnknownBufferError
 from kvcycle.text import exact_bytes
@@ -140,7 +140,7 @@ class KVCache:
         The engine's own ``flush_cache()`` refuses right after a ``generate()``, while the pipeline drains, and only
         says so in its return value.
         """
-        self._channel.call(lambda: inband.flush(self._channel.scheduler), at="idle", timeout_s=_DRAIN_S)
+        self._channel.call(lambda: internals.flush(self._channel.scheduler), at="idle", timeout_s=_DRAIN_S)
 
     def nonzero_slots(self) -> list[str]:
         """Paths of the slots that hold anything but zeros: [] right after a rebuild."""
@@ -159,7 +159,7 @@ class _Buffers:
         self.channel = channel
         self.state: State = "resident"
         self._state_lock = threading.Lock()
-        self.slots = find_slots(inband.pools_of(channel.engine))
+        self.slots = find_slots(internals.pools_of(channel.engine))
         if not self.slots:
             raise UnknownBufferError("The engine's pools hold no device array, so there is nothing to drop.")
         arrays = [slot.get() for slot in self.slots]
@@ -167,7 +167,8 @@ class _Buffers:
         self.bytes_by_device = bytes_by_device(arrays)
         self.allocate = ZeroAllocator(self.specs)
         self._nonzero = ZeroTester(self.specs)
-        self._refuse_requests_while_dropped()
+        # In process a waiting caller would wait for itself, so a request while dropped fails in its caller.
+        internals.refuse_requests(channel.engine, self._refusal)
 
     def expect(self, state: State, otherwise: str, way_out: str) -> None:
         if self.state != state:
@@ -178,12 +179,12 @@ class _Buffers:
         # Asked again here: of two callers that both found it resident, one comes second.
         self.expect("resident", "dropped already", "another caller dropped it first; one rebuild() serves both")
         scheduler = self.channel.scheduler
-        inband.flush(scheduler)
+        internals.flush(scheduler)
         arrays = [slot.get() for slot in self.slots]
         # A buffer in use by a pending computation would be freed later; a donated one has no bytes to sum.
         jax.block_until_ready(arrays)
         freed_by_device = bytes_by_device(arrays)
-        scheduler._engine_paused = True
+        internals.pause(scheduler)
         self.state = "dropped"
         deleted = missing = 0
         for array in arrays:
@@ -211,7 +212,7 @@ class _Buffers:
         for slot, array in zip(self.slots, arrays, strict=True):
             slot.set(array)
         self.state = "resident"
-        self.channel.scheduler._engine_paused = False
+        internals.resume(self.channel.scheduler)
 
     def nonzero_slots(self) -> list[str]:
         self.expect("resident", "dropped", "rebuild() first")
@@ -229,21 +230,13 @@ class _Buffers:
             dict(self.bytes_by_device),
         )
 
-    def _refuse_requests_while_dropped(self) -> None:
-        """Let a request while dropped fail in its caller: in process, a waiting caller would wait for itself."""
-        manager = self.channel.engine.tokenizer_manager
-        original = manager.generate_request
-
-        async def generate_request(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-            if self.state == "dropped":
-                raise KVCacheDroppedError(
-                    "The engine cannot serve a request: its KV cache is dropped. Call rebuild() on its KVCache, or "
-                    "leave the `with kv.released():` block, first."
-                )
-            async for chunk in original(*args, **kwargs):
-                yield chunk
-
-        manager.generate_request = generate_request
+    def _refusal(self) -> KVCacheDroppedError | None:
+        if self.state == "resident":
+            return None
+        return KVCacheDroppedError(
+            "The engine cannot serve a request: its KV cache is dropped. Call rebuild() on its KVCache, or leave the "
+            "`with kv.released():` block, first."
+        )
 
 
 _BUFFERS = "_kvcycle_buffers"

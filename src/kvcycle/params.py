@@ -15,7 +15,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from kvcycle import inband
+from kvcycle import inband, internals
 from kvcycle.buffers import bytes_by_device
 from kvcycle.errors import ParamSetError
 from kvcycle.text import exact_bytes
@@ -43,7 +43,7 @@ class ParamSet:
     @classmethod
     def of(cls, engine: Any) -> Self:
         """The engine's own set, as it is: no copy."""
-        return cls(tuple(inband.runner_of(engine).model_state_leaves))
+        return cls(tuple(internals.weight_leaves(engine)))
 
     @classmethod
     def clone(cls, engine: Any, transform: Transform | None = None) -> Self:
@@ -111,12 +111,13 @@ class Sharing:
 
 def sharing(engine: Any, params: ParamSet) -> Sharing:
     """Compare the arrays an engine uses with a set's, by identity."""
-    runner = inband.runner_of(engine)
     given = {id(leaf) for leaf in params.leaves}
-    model = [variable.get_value() for variable in _model_variables(runner)]
+    model = [variable.get_value() for variable in internals.model_variables(engine)]
     return Sharing(
         leaves=len(params.leaves),
-        runner_shared=sum(used is leaf for used, leaf in zip(runner.model_state_leaves, params.leaves, strict=False)),
+        runner_shared=sum(
+            used is leaf for used, leaf in zip(internals.weight_leaves(engine), params.leaves, strict=False)
+        ),
         model_params=len(model),
         model_shared=sum(id(array) in given for array in model),
     )
@@ -147,29 +148,11 @@ def swapped(engine: Any, params: ParamSet) -> Iterator[ParamSet]:
 
 
 def _swap(channel: inband.Channel, params: ParamSet) -> ParamSet:
-    runner = inband.runner_of(channel.engine)
-    before = ParamSet(tuple(runner.model_state_leaves))
+    before = ParamSet.of(channel.engine)
     _check_same_layout(before, params)
-    inband.flush(channel.scheduler)
-    successor = {id(old): new for old, new in zip(before.leaves, params.leaves, strict=True)}
-    for variable in _model_variables(runner):
-        if (new := successor.get(id(variable.get_value()))) is not None:
-            variable.set_value(new)
-    # A new list: SGLANG_JAX_AOT_DISPATCH=1 compares the list it was given with this one, by identity.
-    runner.model_state_leaves = list(params.leaves)
+    internals.flush(channel.scheduler)
+    internals.set_weights(channel.engine, params.leaves)
     return before
-
-
-def _model_variables(runner: Any) -> list[Any]:
-    """The model object's own variables that hold device arrays."""
-    from flax import nnx
-
-    _, state = nnx.split(runner.model)
-    graph = nnx.iter_graph(runner.model)
-    del state
-    return [
-        node for _, node in graph if isinstance(node, nnx.Variable) and isinstance(node.get_value(), jax.Array)
-    ]  # fmt: skip
 
 
 def _check_same_layout(ours: ParamSet, given: ParamSet) -> None:

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import kvcycle
-from kvcycle import inband
+from kvcycle import internals
 from kvcycle.buffers import BufferSpec, find_slots
 from kvcycle.errors import EngineBusyError, KVCacheDroppedError, KVCacheStateError, RebuildError
 from kvcycle.record import Generate
@@ -71,7 +71,7 @@ def test_specs_and_owners_survive(kv: kvcycle.KVCache, live_engine: Any) -> None
     with kv.released():
         pass
     assert [BufferSpec.of(array) for array in kv.arrays()] == kv.specs
-    found = find_slots(inband.pools_of(live_engine))
+    found = find_slots(internals.pools_of(live_engine))
     assert all(slot.owner is owner for slot, owner in zip(found, owners, strict=True))
 
 
@@ -173,7 +173,7 @@ def test_a_drop_that_waits_lets_the_requests_finish(
                 return_logprob=True,
             )
         )
-        while not any(inband.unfinished_requests(inband.scheduler_of(live_engine)).values()):
+        while not any(internals.unfinished_requests(internals.scheduler_of(live_engine)).values()):
             await asyncio.sleep(0.001)  # until the request has reached the scheduler
         freed = await asyncio.to_thread(kv.drop, wait_s=60)
         return await request, freed

@@ -38,13 +38,13 @@ os._exit(0)  # the engine is the user's own, and so is leaving it
 
 _CRASH_SCRIPT = """
 import kvcycle
-from kvcycle import inband
+from kvcycle import internals
 from kvcycle.errors import EngineCrashedError
 
 profile = kvcycle.load_profile("tiny", {{"engine.tp_size": 1, "engine.max_total_tokens": 1024}})
 with kvcycle.boot(profile, "cpu") as engine:
     kv = kvcycle.KVCache(engine)
-    scheduler = inband.scheduler_of(engine)
+    scheduler = internals.scheduler_of(engine)
 
     def broken(*_):
         raise ZeroDivisionError("planted in the scheduler's loop")

@@ -38,7 +38,7 @@ def blindness(record: Record, witness: Witness, device: int | None) -> str | Non
 
 
 def speaks(record: Record, witness: Witness, device: int | None) -> bool:
-    """Whether a witness is one of this run's on the device, or (``None``) in the process: then its silence is no pass."""
+    """Whether a witness is one of this run's, on the device or (``None``) in the process: its silence is no pass."""
     return witness == "ledger" or any((c.witness, c.device) == (witness, device) for c in record.canaries)
 
 

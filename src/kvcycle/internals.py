@@ -1,0 +1,145 @@
+"""The parts of sglang-jax that are not its public API and that kvcycle needs, each named once.
+
+Seen on sglang-jax 0.1.0rc0:
+
+- ``engine.scheduler_info["scheduler"]`` (single-process engines), its ``.tp_worker``, under overlap that one's ``.worker``;
+- ``model_runner``: ``memory_pools``, ``token_to_kv_pool``, ``model_state_leaves`` (what forwards read) and ``model``;
+- ``scheduler._engine_paused``: while it is set, new requests are queued and nothing is forwarded;
+- ``engine.tokenizer_manager.generate_request``: what generate, async_generate, streaming, encode and score go through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import jax
+
+from kvcycle.errors import EngineBusyError, UnsupportedEngineError
+
+
+def scheduler_of(engine: Any) -> Any:
+    """The scheduler object of an in-process engine.
+
+    Raises:
+        UnsupportedEngineError: it is none, or its scheduler runs in another process.
+    """
+    info = getattr(engine, "scheduler_info", None)
+    if not isinstance(info, dict):
+        raise UnsupportedEngineError(
+            f"{type(engine).__name__} is no booted sglang-jax Engine: it has no scheduler_info. Pass the object that "
+            "sgl_jax.srt.entrypoints.engine.Engine(...) returned."
+        )
+    scheduler = info.get("scheduler")
+    if scheduler is None:
+        raise UnsupportedEngineError(
+            "The engine's scheduler runs in another process; boot the Engine with enable_single_process=True."
+        )
+    missing = [
+        name
+        for name in ("_request_dispatcher", "on_idle", "is_fully_idle", "tp_worker", "_engine_paused")
+        if not hasattr(scheduler, name)
+    ]
+    if missing:
+        raise UnsupportedEngineError(
+            f"This sglang-jax's scheduler has no {', '.join(missing)}; kvcycle was made for 0.1.0rc0."
+        )
+    return scheduler
+
+
+def runner_of(engine: Any) -> Any:
+    """The model runner: it owns the pools, the compiled forward and the weights' leaves."""
+    worker = scheduler_of(engine).tp_worker
+    # Under overlap the worker is a client that holds the real one.
+    return getattr(worker, "worker", worker).model_runner
+
+
+def pools_of(engine: Any) -> dict[str, Any]:
+    """The runner's pool objects by name: what the walk for KV and state buffers starts from."""
+    pools = getattr(runner_of(engine).memory_pools, "_pools", None)
+    return dict(pools) if pools else {"token_to_kv_pool": runner_of(engine).token_to_kv_pool}
+
+
+def claimed_kv_bytes(engine: Any) -> int | None:
+    """What the engine itself says its KV cache occupies, None if its pool cannot say."""
+    try:
+        size = runner_of(engine).token_to_kv_pool.get_kv_size_bytes()
+    except (AttributeError, NotImplementedError):
+        return None
+    return int(sum(size)) if isinstance(size, tuple) else int(size)
+
+
+def unfinished_requests(scheduler: Any) -> dict[str, int]:
+    """Requests that are queued or running, by place; finished ones whose results still drain do not count."""
+    running: set[int] = set()
+    for batch in (scheduler.running_batch, scheduler.cur_batch, scheduler.last_batch):
+        if batch is not None:
+            for info in batch.reqs_info:
+                running.update(id(request) for request in (info.reqs or ()) if not request.finished())
+    running.update(id(request) for request in scheduler.chunked_reqs if request is not None)
+    return {
+        "waiting": len(scheduler.waiting_queue) + len(scheduler.grammar_queue) + len(scheduler.pending_dp_reqs),
+        "running": len(running),
+    }
+
+
+def flush(scheduler: Any) -> None:
+    """Return all slots to the allocator and clear the prefix cache; on the scheduler's thread, when idle.
+
+    Raises:
+        EngineBusyError: the scheduler refused, with its own reason.
+    """
+    success, reason, _ = scheduler.flush_cache()
+    if not success:
+        raise EngineBusyError(f"The engine refused to flush its cache: {reason}", unfinished_requests(scheduler))
+
+
+def pause(scheduler: Any) -> None:
+    """Let requests queue from now on, and nothing be forwarded; on the scheduler's thread."""
+    scheduler._engine_paused = True
+
+
+def resume(scheduler: Any) -> None:
+    """Take up forwarding again; on the scheduler's thread."""
+    scheduler._engine_paused = False
+
+
+def refuse_requests(engine: Any, reason: Callable[[], Exception | None]) -> None:
+    """Let every request ask ``reason()`` first, and fail in its caller with the exception it returns, if any."""
+    manager = engine.tokenizer_manager
+    original = manager.generate_request
+
+    async def generate_request(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        if (refusal := reason()) is not None:
+            raise refusal
+        async for chunk in original(*args, **kwargs):
+            yield chunk
+
+    manager.generate_request = generate_request
+
+
+def weight_leaves(engine: Any) -> list[jax.Array]:
+    """The arrays that every forward reads as the model's weights, in the runner's order."""
+    return list(runner_of(engine).model_state_leaves)
+
+
+def model_variables(engine: Any) -> list[Any]:
+    """The flax variables of the model object that hold device arrays: the second owner of the same weights."""
+    from flax import nnx
+
+    return [
+        node
+        for _, node in nnx.iter_graph(runner_of(engine).model)
+        if isinstance(node, nnx.Variable) and isinstance(node.get_value(), jax.Array)
+    ]
+
+
+def set_weights(engine: Any, leaves: Sequence[jax.Array]) -> None:
+    """Replace the weights in both owners; on the scheduler's thread, idle."""
+    runner = runner_of(engine)
+    successor = {id(old): new for old, new in zip(runner.model_state_leaves, leaves, strict=True)}
+    for variable in model_variables(engine):
+        if (new := successor.get(id(variable.get_value()))) is not None:
+            variable.set_value(new)
+    # A new list: SGLANG_JAX_AOT_DISPATCH=1 compares the list it was given with this one, by identity.
+    runner.model_state_leaves = list(leaves)
