@@ -2,7 +2,8 @@
 
 Seen on sglang-jax 0.1.0rc0:
 
-- ``engine.scheduler_info["scheduler"]`` (single-process engines), its ``.tp_worker``, under overlap that one's ``.worker``;
+- ``engine.scheduler_info["scheduler"]`` (single-process engines), its ``.tp_worker``, and with overlap that one's
+  ``.worker``;
 - ``model_runner``: ``memory_pools``, ``token_to_kv_pool``, ``model_state_leaves`` (what forwards read) and ``model``;
 - ``scheduler._engine_paused``: while it is set, new requests are queued and nothing is forwarded;
 - ``engine.tokenizer_manager.generate_request``: what generate, async_generate, streaming, encode and score go through.
