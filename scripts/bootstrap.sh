@@ -29,5 +29,5 @@ else
 fi
 
 start=$(date +%s)
-"$venv/bin/python" -m pip --disable-pip-version-check -qq install --constraint "$pins" --editable '.[dev]'
+"$venv/bin/python" -m pip --disable-pip-version-check -qq install --constraint "$pins" --editable '.[dev,plan]'
 echo "Installed in $(($(date +%s) - start)) s."

@@ -108,9 +108,8 @@ def write(folder: Path, config: dict[str, Any], *, seed: int = 0, weights: bool 
     """Write config.json, the tokenizer files and (with ``weights``) model.safetensors into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(
-        json.dumps({"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}) + "\n"
-    )
+    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+    (folder / "generation_config.json").write_text(json.dumps(ends) + "\n")
     _write_tokenizer(folder)
     if weights:
         _write_weights(folder, config, seed)

@@ -24,7 +24,8 @@ from kvcycle.errors import ParamSetError
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet, Sharing, perturbed, sharing, swap
 from kvcycle.platform import return_freed_memory
-from kvcycle.profile import Platform, Profile
+from kvcycle.predict import predict_by_arithmetic
+from kvcycle.profile import Profile
 from kvcycle.record import (
     KV,
     Canary,
@@ -47,7 +48,7 @@ from kvcycle.record import (
     When,
     now,
 )
-from kvcycle.sizing import predict_kv
+from kvcycle.sizing import KVPrediction
 from kvcycle.text import exact_bytes, seconds
 
 Progress = Callable[[str], None]
@@ -56,20 +57,26 @@ _EVIDENCE: dict[str, Evidence] = {"tpu": "measured-on-tpu", "gpu": "measured-on-
 
 
 def run_cycle(
-    engine: Any, profile: Profile, *, save_to: Path | None = None, progress: Progress | None = None
+    engine: Any,
+    profile: Profile,
+    *,
+    predicted: KVPrediction | None = None,
+    save_to: Path | None = None,
+    progress: Progress | None = None,
 ) -> Record:
     """Run the profile's cycles on an engine and return what was measured; judge it with :func:`kvcycle.judge`.
 
     Args:
         engine: any in-process sglang-jax Engine; the boot's evidence is in the record only if kvcycle booted it.
         profile: how many cycles, which prompt, whether to generate.
+        predicted: the KV cache's size as :func:`kvcycle.predict.predict` has it; by default the config's arithmetic.
         save_to: a file that holds the record so far after every phase, whatever happens next.
         progress: called with one line of text whenever something begins that takes time.
 
     Raises:
         KVCycleError: a step of the cycle could not be done; what was measured before it is in ``save_to``.
     """
-    return _Run(engine, profile, save_to, progress or (lambda _line: None)).run()
+    return _Run(engine, profile, predicted, save_to, progress or (lambda _line: None)).run()
 
 
 def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Generate:
@@ -103,8 +110,11 @@ def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Gene
 class _Run:
     """The state of one run, and its Record so far."""
 
-    def __init__(self, engine: Any, profile: Profile, save_to: Path | None, progress: Progress) -> None:
+    def __init__(
+        self, engine: Any, profile: Profile, predicted: KVPrediction | None, save_to: Path | None, progress: Progress
+    ) -> None:
         self.engine, self.profile, self.save_to, self.progress = engine, profile, save_to, progress
+        self.predicted = predicted or predict_by_arithmetic(profile, "cpu" if jax.default_backend() == "cpu" else "tpu")
         self.kv = KVCache(engine)
         self.params2: ParamSet | None = None
         self.started = self.phase_started = time.perf_counter()
@@ -334,9 +344,7 @@ class _Run:
         return [local[device_id] for device_id in self.kv.bytes_by_device if device_id in local]
 
     def _kv(self) -> KV:
-        config = self.profile.model_config_json()
-        platform: Platform = "cpu" if jax.default_backend() == "cpu" else "tpu"
-        predicted = predict_kv(config, self.profile.engine_args(platform)) if config else None
+        predicted = self.predicted
         pools = internals.pools_of(self.engine)
         by_pool = {name: [slot for slot in self.kv.slots if slot.path.startswith(name)] for name in pools}
         return KV(
@@ -347,7 +355,7 @@ class _Run:
             predicted_bytes_by_device=dict.fromkeys(self.kv.bytes_by_device, predicted.bytes_per_device)
             if predicted
             else None,
-            predicted_by="config arithmetic" if predicted else None,
+            predicted_by=predicted.by if predicted else None,
             predicted_how=predicted.formula if predicted else None,
             claimed_bytes=internals.claimed_kv_bytes(self.engine),
             pools=tuple(

@@ -81,9 +81,10 @@ class Ledger:
                 (shard.device.id, shard.data.unsafe_buffer_pointer(), shard.data.on_device_size_in_bytes())
                 for shard in array.addressable_shards
             )
-        except RuntimeError:
-            # Another thread deleted or donated it since live_arrays() listed it: it is no longer in use.
-            if array.is_deleted():
+        except (RuntimeError, TypeError) as error:
+            # Another thread deleted or donated it since live_arrays() listed it: it is no longer in use. A donation
+            # marks the shards' buffers a moment before the array, and a deletion inside jax itself is a TypeError.
+            if array.is_deleted() or "deleted or donated" in str(error):
                 return ()
             raise
 

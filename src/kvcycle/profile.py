@@ -117,6 +117,8 @@ class Profile(_Table):
 
     name: str
     description: str = ""
+    #: The TPU slice that the profile is meant for, as ``kvcycle plan`` takes it: whose compiler says the sizes.
+    topology: str | None = None
     model: ModelSpec
     engine: EngineArgs = EngineArgs()
     on_cpu: OnCPU = OnCPU()
@@ -397,4 +399,4 @@ def server_args_fields() -> frozenset[str]:
 
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -19,11 +19,12 @@ PLAIN_KV_MODELS = frozenset({"qwen2", "qwen3", "qwen3_moe", "llama", "qwen2_moe"
 
 @dataclass(frozen=True)
 class KVPrediction:
-    """Predicted KV bytes, summed and on each of the ``tp_size`` devices (all equal), and the formula in numbers."""
+    """Predicted KV bytes, summed and on each of the ``tp_size`` devices (all equal); who says so, and how."""
 
     total_bytes: int
     bytes_per_device: int
     formula: str
+    by: str = "config arithmetic"
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:

@@ -67,7 +67,7 @@ class TPUCompiler:
         self.topology = topology
         try:
             described = topologies.get_topology_desc(**topology.description_arguments)
-        except Exception as error:  # noqa: BLE001 - whatever libtpu raises, the sentence has its words
+        except Exception as error:
             raise PlanError(
                 f"libtpu cannot describe {topology.name} "
                 f"({topology.description_arguments['topology_name']}): {first_line(error)}."
@@ -95,7 +95,7 @@ class TPUCompiler:
             if refusal is None:
                 raise
             return Answer(None, self._refused_program_bytes(str(error), len(buffers)), refusal)
-        used = compiled.memory_analysis()
+        used: Any = compiled.memory_analysis()
         return Answer(used.argument_size_in_bytes, used.generated_code_size_in_bytes + _AROUND_BYTES, None)
 
     def headroom(self, held_bytes: int, answer: Answer) -> int:

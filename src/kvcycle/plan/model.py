@@ -6,6 +6,7 @@ SPMD, so no device holds more than another.
 
 from __future__ import annotations
 
+import resource
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -166,3 +167,8 @@ class MaxTokens(_Part):
     compiles: Count
     seconds: float
     peak_rss_bytes: Bytes
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process had resident so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB

@@ -1,0 +1,22 @@
+"""What several of the unit tests need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvcycle import checkpoint
+
+
+@pytest.fixture
+def config_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with no more of the tiny checkpoint in it than its config: geometry needs no weights."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("KVCYCLE_CACHE", str(folder))
+    tiny = folder / "checkpoints" / f"tiny-qwen2-{checkpoint.fingerprint(checkpoint.TINY_QWEN2, 0)}"
+    tiny.mkdir(parents=True)
+    (tiny / "config.json").write_text(json.dumps(checkpoint.TINY_QWEN2))
+    (tiny / "model.safetensors").touch()
+    return folder

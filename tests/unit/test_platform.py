@@ -1,0 +1,107 @@
+"""Putting a process on a platform: in this one by the variables alone, with jax in processes of their own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kvcycle import platform
+
+COUNT = "--xla_force_host_platform_device_count"
+
+
+@pytest.fixture(autouse=True)
+def without_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process as one that has neither imported jax nor been told where to run it."""
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "merged"),
+    [
+        (None, f"{COUNT}=4"),
+        ("", f"{COUNT}=4"),
+        ("--xla_a=1", f"--xla_a=1 {COUNT}=4"),
+        (f"{COUNT}=8", f"{COUNT}=4"),
+        (f"{COUNT}=8 --xla_a=1", f"--xla_a=1 {COUNT}=4"),
+        (f"--xla_a=1 {COUNT}=8 --xla_b=2", f"--xla_a=1 --xla_b=2 {COUNT}=4"),
+        (f"{COUNT}=8 {COUNT}=2", f"{COUNT}=4"),
+    ],
+)
+def test_the_device_count_is_merged_into_the_flags(
+    flags: str | None, merged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if flags is not None:
+        monkeypatch.setenv("XLA_FLAGS", flags)
+    platform.prepare("cpu", 4)
+    assert os.environ["XLA_FLAGS"] == merged
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    platform.prepare("cpu", 4)
+    assert os.environ["XLA_FLAGS"] == merged
+
+
+def test_a_tpu_is_left_to_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    platform.prepare("tpu", 4)
+    assert os.environ["XLA_FLAGS"] == "--xla_a=1"
+    assert "JAX_PLATFORMS" not in os.environ
+    assert "jax" not in sys.modules
+
+
+_SCRIPT = """
+import jax
+
+from kvcycle import platform
+from kvcycle.errors import PlatformError
+
+platform.prepare("cpu", 2)  # jax is imported, but has not started
+print(len(jax.devices()), jax.default_backend(), platform.tpu_is_present())
+platform.prepare("cpu", 1)
+for name, devices in (("cpu", 3), ("tpu", 1)):
+    try:
+        platform.prepare(name, devices)
+    except PlatformError as error:
+        print(error)
+"""
+
+
+def test_jax_that_has_started_elsewhere_is_an_error_that_says_what_to_do() -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout.splitlines() == [
+        "2 cpu False",
+        (
+            "jax was started before kvcycle could choose its platform: it runs on 2 cpu device(s), but 3 cpu device(s) "
+            f"are needed. Start a new process, or set JAX_PLATFORMS=cpu and XLA_FLAGS={COUNT}=3 before anything uses "
+            "jax."
+        ),
+        (
+            "jax was started before kvcycle could choose its platform: it runs on 2 cpu device(s), but 1 tpu device(s) "
+            "are needed. Start a new process, or set JAX_PLATFORMS=tpu before anything uses jax."
+        ),
+    ], done.stderr
+
+
+def test_a_c_library_without_the_calls_is_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OtherLibrary:
+        """As musl: no mallopt, no malloc_trim."""
+
+        def __init__(self, _: object) -> None:
+            self.asked: list[str] = []
+
+        def __getattr__(self, name: str) -> object:
+            raise AttributeError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", OtherLibrary)
+    platform.return_freed_memory()
+    platform.prepare("cpu", 4)
+    assert os.environ["JAX_PLATFORMS"] == "cpu"

@@ -1,0 +1,385 @@
+"""Profiles: what can be wrong with one is said in a sentence before anything boots."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcycle.checkpoint import TINY_QWEN2
+from kvcycle.errors import ProfileError
+from kvcycle.profile import Platform, load_profile, parse_overrides, profile_names, server_args_fields
+from kvcycle.sizing import predict_kv
+
+pytestmark = pytest.mark.usefixtures("config_cache")
+
+
+@pytest.fixture
+def other_fields() -> Iterator[None]:
+    """server_args_fields() as a process that has not called it."""
+    server_args_fields.cache_clear()
+    yield
+    server_args_fields.cache_clear()
+
+
+def refused(overrides: dict[str, Any], platform: Platform = "cpu") -> str:
+    with pytest.raises(ProfileError) as caught:
+        load_profile("tiny", overrides).check_geometry(platform)
+    return str(caught.value)
+
+
+# Overrides -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("assignment", "key", "value"),
+    [
+        ("engine.page_size=16", "engine.page_size", 16),
+        ("engine.page_size = 16", "engine.page_size", 16),
+        ("tolerances.rss_fraction=0.1", "tolerances.rss_fraction", 0.1),
+        ("cycle.generate=false", "cycle.generate", False),
+        ("model.path=builtin:tiny-qwen2", "model.path", "builtin:tiny-qwen2"),
+        ("model.path=/models/a=b", "model.path", "/models/a=b"),
+        ('cycle.prompt="16"', "cycle.prompt", "16"),
+        ("cycle.prompt=Hello there", "cycle.prompt", "Hello there"),
+        ("cycle.prompt=", "cycle.prompt", ""),
+        ("engine.lora_paths=['a', 'b']", "engine.lora_paths", ["a", "b"]),
+        ("cycle.generate=False", "cycle.generate", "False"),  # TOML's is lower case; pydantic reads the text
+    ],
+)
+def test_an_override_is_read_as_toml_or_else_as_text(assignment: str, key: str, value: object) -> None:
+    assert parse_overrides([assignment]) == {key: value}
+
+
+def test_the_last_override_of_a_key_holds() -> None:
+    assert parse_overrides(["a.b=1", "c=2", "a.b=3"]) == {"a.b": 3, "c": 2}
+    assert parse_overrides([]) == {}
+
+
+@pytest.mark.parametrize("assignment", ["engine.page_size", "=16", " =16", ""])
+def test_an_override_that_is_no_assignment(assignment: str) -> None:
+    with pytest.raises(ProfileError) as caught:
+        parse_overrides([assignment])
+    assert str(caught.value) == f"{assignment!r} is not KEY=VALUE, for example engine.page_size=16."
+
+
+def test_overrides_reach_their_tables_and_leave_the_rest() -> None:
+    plain = load_profile("tiny")
+    changed = load_profile("tiny", {"engine.page_size": 16, "cycle.cycles": 5, "timeouts.boot_s": 10})
+    assert (changed.engine.page_size, changed.cycle.cycles, changed.timeouts.boot_s) == (16, 5, 10.0)
+    assert changed.engine.max_total_tokens == plain.engine.max_total_tokens == 16384
+    assert load_profile("tiny") == plain
+
+
+# Values that will not do ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"nonsense": 1}, "Profile 'tiny' has no key 'nonsense'."),
+        ({"cycle.cycle": 1}, "Profile 'tiny' has no key 'cycle.cycle' (did you mean 'cycles'?)."),
+        ({"tolerence.logprob": 1}, "Profile 'tiny' has no key 'tolerence' (did you mean 'tolerances'?)."),
+        ({"on_cpu.engin": {}}, "Profile 'tiny' has no key 'on_cpu.engin' (did you mean 'engine'?)."),
+        ({"model": {}}, "Profile 'tiny' lacks the key 'model.path'."),
+        ({"name.first": 1}, "name.first cannot be set: name is a value, not a table."),
+        (
+            {"cycle.cycles": 0},
+            "Profile 'tiny': cycle.cycles=0 will not do: Input should be greater than or equal to 1.",
+        ),
+        (
+            {"cycle.cycles": "two"},
+            ("Profile 'tiny': cycle.cycles='two' will not do: Input should be a valid integer, unable to parse "
+            "string as an integer."),
+        ),
+        (
+            {"engine": 3},
+            "Profile 'tiny': engine=3 will not do: Input should be a valid dictionary or instance of EngineArgs.",
+        ),
+        (
+            {"on_cpu.engine.dp_size": 0},
+            "Profile 'tiny': on_cpu.engine.dp_size=0 will not do: Input should be greater than or equal to 1.",
+        ),
+        (
+            {"on_cpu.engine.page_size": "many"},
+            ("Profile 'tiny': on_cpu.engine.page_size='many' will not do: Input should be a valid integer, unable to "
+            "parse string as an integer."),
+        ),
+        ({"engine.nonsense": 1}, "engine.nonsense is no argument of the installed sglang-jax."),
+        (
+            {"engine.page_sise": 1},
+            "engine.page_sise is no argument of the installed sglang-jax (did you mean 'page_size'?).",
+        ),
+        (
+            {"on_cpu.engine.tpsize": 1},
+            "on_cpu.engine.tpsize is no argument of the installed sglang-jax (did you mean 'tp_size'?).",
+        ),
+        ({"engine.model_path": "x"}, "engine.model_path cannot be set: set model.path instead."),
+        ({"engine.device": "cpu"}, "engine.device cannot be set: the platform decides it (--kv-platform)."),
+        (
+            {"on_cpu.engine.enable_single_process": False},
+            "on_cpu.engine.enable_single_process cannot be set: the cycle needs the engine in its own process.",
+        ),
+        ({"engine.tp_size": 3}, "engine.tp_size=3 does not divide the model's 4 attention heads; use one of 1, 2, 4."),
+        ({"engine.tp_size": 8}, "engine.tp_size=8 does not divide the model's 4 attention heads; use one of 1, 2, 4."),
+        (
+            {"engine.tp_size": 6, "engine.dp_size": 2},
+            "engine.tp_size=6 does not divide the model's 4 attention heads (tp_size/dp_size = 3); use one of 2, 4, 8.",
+        ),
+        (
+            {"engine.dp_size": 3},
+            "engine.dp_size=3 does not divide engine.tp_size=4; every rank needs as many devices.",
+        ),
+        (
+            {"engine.page_size": 16385},
+            "engine.max_total_tokens=16384 is less than one page (engine.page_size=16385).",
+        ),
+        (
+            {"on_cpu.engine.attention_backend": "fa"},
+            "engine.attention_backend='fa' does not run on CPU; set on_cpu.engine.attention_backend='native'.",
+        ),
+        (
+            {"model.path": "builtin:tiny-qwen"},
+            ("model.path='builtin:tiny-qwen': there is no built-in checkpoint of that name (did you mean "
+            "'tiny-qwen2'?)."),
+        ),
+        (
+            {"model.path": "/nowhere/model"},
+            ("model.path='/nowhere/model' does not exist; name a folder with a config.json, a hub id (org/name), or "
+            "one of builtin:tiny-qwen2."),
+        ),
+        (
+            {"model.path": "model"},
+            ("model.path='model' does not exist; name a folder with a config.json, a hub id (org/name), or one of "
+            "builtin:tiny-qwen2."),
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_will_not_do_is_said_in_a_sentence(overrides: dict[str, Any], sentence: str) -> None:
+    assert refused(overrides) == sentence
+
+
+@pytest.mark.parametrize("path", ["./org/name", "~/model", "../name", "a/b/c", "/a"])
+def test_a_path_that_is_no_hub_id_must_exist(path: str) -> None:
+    assert refused({"model.path": path}).startswith(f"model.path={path!r} does not exist; name a folder")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"engine.tp_size": 2},
+        {"engine.dp_size": 2},
+        {"engine.dp_size": 4},
+        {"engine.page_size": 16384},
+        {"engine.attention_backend": "fa"},  # CPU has its own
+        {"engine.max_total_tokens": 1},
+        {"model.path": "org/name", "engine.tp_size": 3},  # a hub id's config is not here to compare with
+    ],
+    ids=str,
+)
+def test_what_will_do_is_let_through(overrides: dict[str, Any]) -> None:
+    changed = load_profile("tiny", overrides)
+    changed.check_geometry("cpu")
+    assert changed.devices_needed == overrides.get("engine.tp_size", 4)
+
+
+def test_a_backend_for_accelerators_may_run_on_them() -> None:
+    fa = load_profile("tiny", {"engine.attention_backend": "fa"})
+    fa.check_geometry("tpu")
+    assert fa.engine_args("tpu")["attention_backend"] == "fa"
+    assert fa.engine_args("cpu")["attention_backend"] == "native"
+
+
+# Engine arguments ----------------------------------------------------------------------------------------------------
+
+
+def test_engine_arguments_are_the_profiles_with_the_platforms() -> None:
+    changed = load_profile("tiny", {"engine.page_size": 16, "on_cpu.engine.page_size": "32"})
+    tpu, cpu = changed.engine_args("tpu"), changed.engine_args("cpu")
+    assert (tpu["device"], tpu["page_size"]) == ("tpu", 16)
+    assert (cpu["device"], cpu["page_size"]) == ("cpu", 32)
+    assert cpu["max_prefill_tokens"] == tpu["max_prefill_tokens"] == 1024
+    assert "model_path" not in tpu
+
+
+def test_server_args_are_those_of_the_installed_engine() -> None:
+    fields = server_args_fields()
+    assert fields >= {"model_path", "tp_size", "dp_size", "page_size", "max_total_tokens", "attention_backend"}
+    assert not any(name.startswith("_") for name in fields)
+
+
+def test_without_sglang_jax_engine_arguments_go_unchecked(other_fields: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_spec(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    assert server_args_fields() == frozenset()
+    assert load_profile("tiny", {"engine.nonsense": 1}).engine_args("cpu")["nonsense"] == 1
+    with pytest.raises(ProfileError, match=r"^engine\.device cannot be set: "):
+        load_profile("tiny", {"engine.device": "cpu"})
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_profile_names_the_nearest_and_all_there_are() -> None:
+    known = ", ".join(profile_names())
+    for name, hint in (("tinny", " (did you mean 'tiny'?)"), ("zzz", "")):
+        with pytest.raises(ProfileError) as caught:
+            load_profile(name)
+        assert str(caught.value) == f"There is no profile {name!r}{hint}; there are: {known}."
+
+
+@pytest.mark.parametrize("name", ["nowhere.toml", "folder/nowhere"])
+def test_a_profile_file_that_does_not_exist(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ProfileError) as caught:
+        load_profile(name)
+    assert str(caught.value) == f"There is no profile file {name!r}."
+
+
+def test_a_profile_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "mine"\n[model]\npath = "org/name"\n[engine]\ntp_size = 2\n')
+    for given in (path, str(path)):
+        mine = load_profile(given, {"engine.page_size": 4})
+        assert (mine.name, mine.engine.tp_size, mine.engine.page_size) == ("mine", 2, 4)
+        assert mine.model_folder() is None
+        assert mine.model_config_json() is None
+
+
+def test_a_broken_profile_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "mine\n')
+    with pytest.raises(ProfileError) as caught:
+        load_profile(path)
+    assert str(caught.value) == f"The profile {path} is not valid TOML: Illegal character '\\n' (at line 1, column 13)."
+    path.write_bytes(b"\xff")
+    with pytest.raises(ProfileError, match=r"^The profile .*mine\.toml cannot be read: 'utf-8' codec"):
+        load_profile(path)
+
+
+def test_an_unknown_key_in_a_profile_file_is_named_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('nam = "mine"\n[model]\npath = "org/name"\n')
+    with pytest.raises(ProfileError) as caught:
+        load_profile(path)
+    assert str(caught.value) == f"Profile {str(path)!r} lacks the key 'name'."
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_a_profile_that_comes_with_kvcycle_loads_and_is_named_by_its_file(name: str) -> None:
+    loaded = load_profile(name)
+    assert loaded.name == name
+    assert loaded.description
+
+
+# The model's folder --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_config_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"num_attention_heads": 3}')
+    monkeypatch.chdir(tmp_path)
+    found = load_profile("tiny", {"model.path": "model", "engine.tp_size": 3})
+    found.check_geometry("cpu")
+    assert found.model_folder() == model  # absolute: the engine breaks on a relative one
+    assert found.model_config_json() == {"num_attention_heads": 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (None, "model.path='{folder}' is a folder without a config.json, so it is no checkpoint."),
+        ("{", ("The model's {folder}/config.json cannot be read: Expecting property name enclosed in double quotes: "
+         "line 1 column 2 (char 1).")),
+        ("[]", "The model's {folder}/config.json is no JSON object."),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_model(config: str | None, sentence: str, tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    assert refused({"model.path": str(tmp_path)}) == sentence.replace("{folder}", str(tmp_path))
+
+
+# The geometry without the weights -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "predicted"), [("qwen2.5-3b-v4-8", 2_415_992_832), ("qwen2.5-3b-v4-8-131072", 9_663_750_144)]
+)
+def test_the_reference_profiles_predict_the_reference_runs_bytes(name: str, predicted: int) -> None:
+    reference = load_profile(name)
+    config = reference.model_config_json()
+    assert config is not None
+    for platform in ("cpu", "tpu"):
+        reference.check_geometry(platform)
+        found = predict_kv(config, reference.engine_args(platform))
+        assert found is not None
+        assert found.total_bytes == predicted
+    assert reference.engine_args("cpu")["load_format"] == "dummy"
+    assert "load_format" not in reference.engine_args("tpu")
+    assert reference.boot_folder("tpu") is None
+
+
+def test_generation_is_left_out_only_where_the_profile_says_so() -> None:
+    brief = load_profile("tiny", {"on_cpu.generate": False})
+    assert (brief.on("cpu").cycle.generate, brief.on("tpu").cycle.generate) == (False, True)
+    plain = load_profile("tiny")
+    assert plain.on("cpu") == plain.on("tpu") == plain
+
+
+def test_dummy_weights_boot_from_the_geometry(config_cache: Path) -> None:
+    dummy = load_profile("tiny", {"on_cpu.dummy_weights": True})
+    folder = dummy.boot_folder("cpu")
+    assert folder is not None
+    assert folder.parent == config_cache / "checkpoints"
+    assert json.loads((folder / "config.json").read_text()) == TINY_QWEN2
+    assert (folder / "tokenizer.json").is_file()
+    assert not (folder / "model.safetensors").exists()
+    assert dummy.boot_folder("tpu") == dummy.model_folder() != folder
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (
+            "shipped:qwen2.5-3c",
+            "model.config='shipped:qwen2.5-3c': no such config is shipped (did you mean 'qwen2.5-3b'?); there are: ",
+        ),
+        ("nowhere", "model.config='nowhere' is no folder with a config.json."),
+    ],
+)
+def test_a_geometry_that_is_not_there(config: str, sentence: str) -> None:
+    assert refused({"model.config": config}).startswith(sentence)
+
+
+def test_dummy_weights_need_a_geometry() -> None:
+    hub = load_profile("tiny", {"model.path": "org/name", "on_cpu.dummy_weights": True})
+    with pytest.raises(ProfileError) as caught:
+        hub.boot_folder("cpu")
+    assert str(caught.value) == (
+        "on_cpu.dummy_weights needs a geometry: set model.config to a folder with a config.json."
+    )
+
+
+def test_a_geometry_in_a_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 3}')
+    overrides = {"model.path": "org/name", "model.config": str(tmp_path), "engine.tp_size": 2}
+    assert refused(overrides) == "engine.tp_size=2 does not divide the model's 3 attention heads; use one of 1, 3."
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")  # as a folder without permission is to anyone but root
+    monkeypatch.setenv("KVCYCLE_CACHE", str(blocked))
+    assert refused({}) == (
+        f"The checkpoint 'builtin:tiny-qwen2' cannot be written to {blocked}: [Errno 20] Not a directory: "
+        f"'{blocked}/checkpoints'. Set KVCYCLE_CACHE to a folder that can be written."
+    )
