@@ -69,6 +69,17 @@ def test_the_suite_passes_on_virtual_devices(run_suite: Run, tmp_path: Path) -> 
     assert properties["kvcycle.profile"] == "tiny"
 
 
+def test_a_profile_without_generation_skips_what_it_leaves_out_and_says_so(run_suite: Run, tmp_path: Path) -> None:
+    done = run_suite("--kv-platform", "cpu", "--kv-cycles", "1", "--kv-set", "cycle.generate=false")
+    assert done.returncode == 0, done.stdout
+    counts = outcomes(tmp_path)
+    assert set(counts) == {"passed", "skipped"}
+    assert counts["passed"] >= 25
+    assert "Not run: the profile leaves generation out (cycle.generate = false). This is not a pass." in done.stdout
+    record = Record.load(tmp_path / "latest" / "record.json")
+    assert {v.id for v in record.checks if v.verdict == "not-run"} >= {"generate.no_compile", "swap.shares_buffers"}
+
+
 def test_a_boot_that_fails_is_one_error_with_its_cause_and_the_rest_skip_quoting_it(
     run_suite: Run, tmp_path: Path
 ) -> None:
