@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvcycle import compiles, internals, memory
-from kvcycle.buffers import BufferSpec, ZeroAllocator, find_slots
+from kvcycle.buffers import BufferSpec, find_slots
+from kvcycle.canary import release_canaries
 from kvcycle.engine import boot_evidence, stack
 from kvcycle.errors import ParamSetError
 from kvcycle.kv_cache import KVCache
@@ -31,7 +30,6 @@ from kvcycle.record import (
     Canary,
     Cycle,
     Device,
-    DeviceUse,
     DropInfo,
     Evidence,
     Generate,
@@ -130,7 +128,8 @@ class _Run:
 
     def run(self) -> Record:
         """Everything, in order."""
-        self.canaries = self._release_a_canary()
+        self.progress("control: does every witness see an allocation of known size?")
+        self.canaries = release_canaries(self._devices(), self.profile.cycle.canary_bytes, self._sample)
         for index in range(self.profile.cycle.cycles):
             self.cycle(index)
         if self.profile.cycle.generate and self.profile.cycle.recompile_control:
@@ -258,49 +257,6 @@ class _Run:
             generate_once(self.engine, self.profile, "after_clear_caches", self.profile.cycle.cycles - 1)
         )
 
-    def _release_a_canary(self) -> tuple[Canary, ...]:
-        """Allocate a known number of bytes on every device, free them, and note what each witness saw of it."""
-        self.progress("control: does every witness see an allocation of known size?")
-        size = self.profile.cycle.canary_bytes
-        devices = self._devices()
-        mesh = Mesh(np.array(devices), ("device",))
-        whole = BufferSpec(
-            (size * len(devices),), np.dtype(np.uint8), NamedSharding(mesh, PartitionSpec("device")), True, False
-        )
-        allocate = ZeroAllocator([whole])  # compiles before the samples; the devices' own zeros, no copy from the host
-        before = self._sample()
-        birds = allocate()
-        during = self._sample()
-        for bird in birds:
-            bird.delete()
-        after = self._sample()
-        canaries: list[Canary] = []
-        for low, high, end in zip(before.devices, during.devices, after.devices, strict=True):
-            for witness in ("ledger", "allocator"):
-                values = [_use(use, witness) for use in (low, high, end)]
-                if all(value is not None for value in values):
-                    first, middle, last = (value or 0 for value in values)
-                    canaries.append(
-                        Canary(
-                            witness="ledger" if witness == "ledger" else "allocator",
-                            device=low.id,
-                            allocated_bytes=size,
-                            rise_bytes=middle - first,
-                            fall_bytes=middle - last,
-                        )
-                    )
-        if before.rss_bytes is not None and during.rss_bytes is not None and after.rss_bytes is not None:
-            canaries.append(
-                Canary(
-                    witness="rss",
-                    device=None,
-                    allocated_bytes=size * len(devices),
-                    rise_bytes=during.rss_bytes - before.rss_bytes,
-                    fall_bytes=during.rss_bytes - after.rss_bytes,
-                )
-            )
-        return tuple(canaries)
-
     @contextmanager
     def _phase(self, name: PhaseName) -> Iterator[Callable[[PhaseInfo], None]]:
         """Time a phase, count its compilations, and sample every witness at its end."""
@@ -400,7 +356,3 @@ class _Run:
         if self.save_to is not None:
             record.save(self.save_to)
         return record
-
-
-def _use(use: DeviceUse, witness: str) -> int | None:
-    return use.ledger_bytes if witness == "ledger" else use.allocator_bytes

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -37,18 +37,10 @@ PhaseName = Literal[
     "after_drop_param_dict2",
 ]
 
-OUTCOMES: tuple[Outcome, ...] = ("pass", "fail", "inconclusive", "not-run")
-OWNERS: tuple[Owner, ...] = ("weights", "kv", "params2", "other")
-PHASES: tuple[PhaseName, ...] = (
-    "engine_ready",
-    "generate_result",
-    "flush_cache_before_kv_drop",
-    "kv_cache_dropped",
-    "sglang_param_dict2_ready",
-    "kv_cache_rebuilt",
-    "generate_result_after_kv_rebuild",
-    "after_drop_param_dict2",
-)
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+OWNERS: tuple[Owner, ...] = get_args(Owner)
+#: In the order of the cycle.
+PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
 
 Bytes = Annotated[int, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]

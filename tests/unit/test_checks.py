@@ -296,15 +296,16 @@ FAULTS = [
         "rebuild.in_place",
         "cycle1",
         lambda record: edit_info(record, REBUILT, 1, moved_owners=SLOTS[:2]),
-        "cycle1: slots whose owner is another object than before the drop; first: token_to_kv_pool.kv_buffer[0]: 2, "
-        "expected 0.",
+        "cycle1: slots (of 4) whose owner is another object than before the drop; first: "
+        "token_to_kv_pool.kv_buffer[0]: 2, expected 0.",
         "the pool object or its list was replaced: the allocator and the runner then disagree",
     ),
     Fault(
         "rebuild.zeroed",
         "cycle0",
         lambda record: edit_info(record, REBUILT, nonzero_slots=SLOTS[3:]),
-        "cycle0: rebuilt buffers that hold anything but zeros; first: token_to_kv_pool.kv_buffer[3]: 1, expected 0.",
+        "cycle0: slots (of 4) that hold anything but zeros after the rebuild; first: token_to_kv_pool.kv_buffer[3]: 1, "
+        "expected 0.",
         "the buffers were not initialised: NaNs there can reach the attention's padding",
     ),
     Fault(
@@ -729,7 +730,7 @@ def test_the_threshold_itself_is_allowed() -> None:
 def test_a_device_may_be_full() -> None:
     borrowing = ON_TPU.cycles[0].phases[4].devices[0].allocator_bytes
     full = tuple(device.model_copy(update={"limit_bytes": borrowing}) for device in ON_TPU.devices)
-    assert passed(judge(ON_TPU.model_copy(update={"devices": full})))
+    assert passed(list(CHECKS["params2.fits"](ON_TPU.model_copy(update={"devices": full}))))
 
 
 def test_one_compilation_is_enough_of_a_control() -> None:

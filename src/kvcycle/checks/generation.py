@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterator
 
 from kvcycle.checks.controls import compiles_are_counted, output_varies, prefix_hit_is_seen, recompilation_is_seen
-from kvcycle.checks.verdicts import count, left_out, scope, unmeasured
-from kvcycle.record import Generate, Outcome, Record, Verdict, When
+from kvcycle.checks.verdicts import at_most, count, left_out, scope, unmeasured
+from kvcycle.record import Generate, Record, Verdict, When
 from kvcycle.text import seconds
 
 
@@ -100,24 +100,16 @@ def below_threshold(record: Record) -> Iterator[Verdict]:
             yield unmeasured(check, scope(index), "cold, warm and after-rebuild times are not all there")
             continue
         cold_s, allowed_s = limits
-        outcome: Outcome = "pass" if after.seconds <= allowed_s else "fail"
-        text = (
-            f"{scope(index)}: the generation after the rebuild took {seconds(after.seconds)}, allowed "
-            f"{seconds(allowed_s)} (cold {seconds(cold_s)})"
-        )
-        if outcome == "pass" and blind:
-            outcome, text = "inconclusive", f"{text}; but {blind}, so this proves nothing"
-        yield Verdict(
-            id=check,
-            scope=scope(index),
-            verdict=outcome,
-            expected=allowed_s,
+        yield at_most(
+            check,
+            scope(index),
+            allowed=allowed_s,
             measured=after.seconds,
             unit="seconds",
-            message=text + ".",
-            causes=("it compiled (see generate.no_compile)", "the machine was busy with something else")
-            if outcome != "pass"
-            else (),
+            text=f"the generation after the rebuild took {seconds(after.seconds)}, allowed {seconds(allowed_s)} (cold "
+            f"{seconds(cold_s)})",
+            causes=("it compiled (see generate.no_compile)", "the machine was busy with something else"),
+            blind=blind,
         )
 
 
@@ -167,21 +159,15 @@ def _same_logprobs(
     if not before.logprobs or len(before.logprobs) != len(after.logprobs):
         return unmeasured(check, place, "there are no log-probabilities to compare")
     worst = max(abs(a - b) for a, b in zip(before.logprobs, after.logprobs, strict=True))
-    outcome: Outcome = "pass" if worst <= allowed else "fail"
-    text = f"{place}: log-probabilities differ from the warm generation's by at most {worst:g}, allowed {allowed:g}"
-    if outcome == "pass" and blind:
-        outcome, text = "inconclusive", f"{text}; but {blind}, so this proves nothing"
-    return Verdict(
-        id=check,
-        scope=place,
-        verdict=outcome,
-        expected=allowed,
+    return at_most(
+        check,
+        place,
+        allowed=allowed,
         measured=worst,
         unit="nats",
-        message=text + ".",
-        causes=("the arithmetic differs: another executable, another layout, or other contents",)
-        if outcome == "fail"
-        else (),
+        text=f"log-probabilities differ from the warm generation's by at most {worst:g}, allowed {allowed:g}",
+        causes=("the arithmetic differs: another executable, another layout, or other contents",),
+        blind=blind,
     )
 
 

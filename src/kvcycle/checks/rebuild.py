@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from kvcycle.checks.verdicts import count, left_out, scope, unmeasured
 from kvcycle.record import Layout, RebuildInfo, Record, Verdict
 
 
-def _rebuilds(check: str, record: Record) -> Iterator[tuple[int, RebuildInfo] | Verdict]:
+def _count_slots(
+    check: str, record: Record, find: Callable[[RebuildInfo], list[str] | None], what: str, cause: str
+) -> Iterator[Verdict]:
+    """One verdict a cycle on the number of slots that ``find`` names, of which there must be none.
+
+    ``find`` returns None where the rebuild lacks what it needs; ``what`` goes on "slots (of 36) …".
+    """
     for index, cycle in enumerate(record.cycles):
         phase = cycle.phase("kv_cache_rebuilt")
-        if phase is not None and isinstance(phase.info, RebuildInfo):
-            yield index, phase.info
-        else:
+        info = phase.info if phase is not None else None
+        found = find(info) if isinstance(info, RebuildInfo) else None
+        if found is None or not isinstance(info, RebuildInfo):
             yield unmeasured(check, scope(index), "the rebuild was not recorded")
+            continue
+        first = f"; first: {found[0]}" if found else ""
+        yield count(
+            check,
+            scope(index),
+            expected=0,
+            measured=len(found),
+            unit="slots",
+            what=f"slots (of {len(info.layouts_before)}) {what}{first}",
+            causes=(cause,),
+        )
 
 
 def _differences(before: Layout, after: Layout | None) -> str:
@@ -24,73 +41,48 @@ def _differences(before: Layout, after: Layout | None) -> str:
     return ", ".join(f"{key} was {was[key]} and is {now[key]}" for key in was if was[key] != now[key])
 
 
+def _unlike(info: RebuildInfo) -> list[str] | None:
+    if not info.layouts_before:
+        return None
+    different = [
+        f"{path}: {_differences(layout, info.layouts_after.get(path))}"
+        for path, layout in info.layouts_before.items()
+        if info.layouts_after.get(path) != layout
+    ]
+    return different + [f"{path}: is new" for path in info.layouts_after if path not in info.layouts_before]
+
+
 def same_layout(record: Record) -> Iterator[Verdict]:
     """Every slot holds a buffer of the same shape, dtype, sharding, memory kind and committedness as before."""
-    check = "rebuild.same_layout"
-    for entry in _rebuilds(check, record):
-        if isinstance(entry, Verdict):
-            yield entry
-            continue
-        index, info = entry
-        if not info.layouts_before:
-            yield unmeasured(check, scope(index), "no layout was noted before the drop")
-            continue
-        different = {
-            path: _differences(layout, info.layouts_after.get(path))
-            for path, layout in info.layouts_before.items()
-            if info.layouts_after.get(path) != layout
-        }
-        different |= {path: "is new" for path in info.layouts_after if path not in info.layouts_before}
-        first = next((f"; first: {path}: {how}" for path, how in different.items()), "")
-        yield count(
-            check,
-            scope(index),
-            expected=0,
-            measured=len(different),
-            unit="slots",
-            what=f"slots (of {len(info.layouts_before)}) whose layout differs after the rebuild{first}",
-            causes=("any other layout makes the compiled forward compile again",),
-        )
+    yield from _count_slots(
+        "rebuild.same_layout",
+        record,
+        _unlike,
+        "whose layout differs after the rebuild",
+        "any other layout makes the compiled forward compile again",
+    )
 
 
 def in_place(record: Record) -> Iterator[Verdict]:
     """Every buffer is back in the same slot of the same object, since the engine holds its pools in several places."""
-    check = "rebuild.in_place"
-    for entry in _rebuilds(check, record):
-        if isinstance(entry, Verdict):
-            yield entry
-            continue
-        index, info = entry
-        first = f"; first: {info.moved_owners[0]}" if info.moved_owners else ""
-        yield count(
-            check,
-            scope(index),
-            expected=0,
-            measured=len(info.moved_owners),
-            unit="slots",
-            what=f"slots whose owner is another object than before the drop{first}",
-            causes=("the pool object or its list was replaced: the allocator and the runner then disagree",),
-        )
+    yield from _count_slots(
+        "rebuild.in_place",
+        record,
+        lambda info: list(info.moved_owners),
+        "whose owner is another object than before the drop",
+        "the pool object or its list was replaced: the allocator and the runner then disagree",
+    )
 
 
 def zeroed(record: Record) -> Iterator[Verdict]:
     """Every rebuilt buffer holds zeros and nothing else."""
-    check = "rebuild.zeroed"
-    for entry in _rebuilds(check, record):
-        if isinstance(entry, Verdict):
-            yield entry
-            continue
-        index, info = entry
-        first = f"; first: {info.nonzero_slots[0]}" if info.nonzero_slots else ""
-        yield count(
-            check,
-            scope(index),
-            expected=0,
-            measured=len(info.nonzero_slots),
-            unit="slots",
-            what=f"rebuilt buffers that hold anything but zeros{first}",
-            causes=("the buffers were not initialised: NaNs there can reach the attention's padding",),
-        )
+    yield from _count_slots(
+        "rebuild.zeroed",
+        record,
+        lambda info: list(info.nonzero_slots),
+        "that hold anything but zeros after the rebuild",
+        "the buffers were not initialised: NaNs there can reach the attention's padding",
+    )
 
 
 def swap_shares_buffers(record: Record) -> Iterator[Verdict]:

@@ -109,6 +109,33 @@ def count(
     )
 
 
+def at_most(
+    check: str,
+    place: str,
+    *,
+    allowed: float,
+    measured: float,
+    unit: str,
+    text: str,
+    causes: Sequence[str],
+    blind: str | None,
+) -> Verdict:
+    """The verdict on a figure that may not exceed another; ``text`` is the sentence without its place and full stop."""
+    outcome: Outcome = "pass" if measured <= allowed else "fail"
+    if outcome == "pass" and blind:
+        outcome, text = "inconclusive", f"{text}; but {blind}, so this proves nothing"
+    return Verdict(
+        id=check,
+        scope=place,
+        verdict=outcome,
+        expected=allowed,
+        measured=measured,
+        unit=unit,
+        message=f"{place}: {text}.",
+        causes=tuple(causes) if outcome != "pass" else (),
+    )
+
+
 def unmeasured(check: str, place: str, why: str, witness: Witness | None = None) -> Verdict:
     """The verdict where the record lacks what the check needs."""
     return Verdict(id=check, scope=place, witness=witness, verdict="inconclusive", message=f"{place}: {why}.")

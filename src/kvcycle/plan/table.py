@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kvcycle import reference
 from kvcycle.plan.model import ForwardPlan, MaxTokens, PhasePlan, Plan, TokenLimit
 from kvcycle.record import Owner
 from kvcycle.text import exact_bytes
@@ -20,9 +21,6 @@ _WORDS: dict[Owner, str] = {"weights": "weights", "kv": "KV", "params2": "2nd se
 #: From this many columns on a phase's name stands in one line; below it, exact bytes still do.
 _WIDE = 96
 _NARROW_NAME = 22
-
-#: Bytes in use on the reference run's four devices that belong to neither weights nor KV cache.
-_REFERENCE_OTHER_BYTES = 292_593_664
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -154,14 +152,14 @@ def _forward_table(plan: Plan) -> Table:
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=(0, 0, 0, 0),
         title_justify="left",
         title="the model's steps, on a device",
         title_style="bold",
     )
     table.add_column("", no_wrap=True)
     for step in plan.forward:
-        table.add_column(_step(step), justify="right")
+        table.add_column(_step(step), justify="right", min_width=28)
     rows: tuple[tuple[str, str], ...] = (
         ("arguments", "argument_bytes"),
         ("output", "output_bytes"),
@@ -169,7 +167,7 @@ def _forward_table(plan: Plan) -> Table:
         ("temporaries", "temporary_bytes"),
         ("program", "program_bytes"),
         ("headroom", "headroom_bytes"),
-        ("headroom beside a second set", "headroom_with_params2_bytes"),
+        ("headroom, 2nd set held", "headroom_with_params2_bytes"),
     )
     for label, name in rows:
         values = [getattr(step, name) for step in plan.forward]
@@ -186,7 +184,8 @@ def _donated(step: ForwardPlan) -> str:
 
 
 def _step(step: ForwardPlan) -> str:
-    return f"{step.step} of {step.tokens:,} token{'s' if step.tokens > 1 else ''} ({step.batch} requests)"
+    requests = f"{step.batch} request{'s' if step.batch > 1 else ''}"
+    return f"{step.step} of {step.tokens:,} token{'s' if step.tokens > 1 else ''} ({requests})"
 
 
 def _left(limit: TokenLimit) -> str:
@@ -204,9 +203,12 @@ def _held(phase: PhasePlan) -> str:
 
 
 def _notes(plan: Plan) -> list[str]:
+    noted = reference.load()
+    run, evidence = noted.runs[0], noted.evidence
+    others = run.bytes_in_use["flush_cache_before_kv_drop"] - run.kv_bytes - run.params_bytes
     counted = (
         "Counted are weights, KV cache and second set, and the few KiB of the program that asks. Not counted is what "
-        f"else an engine allocates; the reference run had {_REFERENCE_OTHER_BYTES:,} B of it, summed over 4 devices."
+        f"else an engine allocates; the reference run ({evidence}) had {others:,} B of it, summed over its devices."
     )
     notes = [counted]
     if plan.engine_token_cap is not None:
