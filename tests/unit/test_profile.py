@@ -12,7 +12,15 @@ import pytest
 
 from kvcycle.checkpoint import TINY_QWEN2
 from kvcycle.errors import ProfileError
-from kvcycle.profile import Platform, load_profile, parse_overrides, profile_names, server_args_fields
+from kvcycle.profile import (
+    ModelSpec,
+    Platform,
+    Profile,
+    load_profile,
+    parse_overrides,
+    profile_names,
+    server_args_fields,
+)
 from kvcycle.sizing import predict_kv
 
 pytestmark = pytest.mark.usefixtures("config_cache")
@@ -193,6 +201,43 @@ def test_a_backend_for_accelerators_may_run_on_them() -> None:
     fa.check_geometry("tpu")
     assert fa.engine_args("tpu")["attention_backend"] == "fa"
     assert fa.engine_args("cpu")["attention_backend"] == "native"
+
+
+def test_what_a_profile_does_not_say_is_strict() -> None:
+    # The checks take the same numbers for a record whose profile lacks them (test_checks).
+    bare = Profile(name="bare", model=ModelSpec(path="org/name"))
+    assert bare.tolerances.model_dump() == {"allocator_bytes": 0, "rss_fraction": 0.02, "logprob": 0.0}
+    assert bare.thresholds.model_dump() == {
+        "latency_factor_of_warm": 3.0,
+        "latency_fraction_of_cold": 0.5,
+        "min_distinct_tokens": 6,
+    }
+    assert bare.cycle.generate
+    assert bare.cycle.recompile_control
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("engine.tp_size", 0),
+        ("engine.page_size", 0),
+        ("engine.max_total_tokens", 0),
+        ("cycle.max_new_tokens", 0),
+        ("cycle.warm_generates", 0),
+        ("cycle.perturb", 0),
+        ("cycle.canary_bytes", 4095),
+        ("tolerances.allocator_bytes", -1),
+        ("tolerances.rss_fraction", 1),
+        ("tolerances.logprob", -0.1),
+        ("thresholds.latency_factor_of_warm", 1),
+        ("thresholds.latency_fraction_of_cold", 1),
+        ("thresholds.min_distinct_tokens", 1),
+        ("timeouts.boot_s", 0),
+        ("timeouts.drain_s", 0),
+    ],
+)
+def test_a_value_that_would_prove_nothing_is_refused(key: str, value: float) -> None:
+    assert refused({key: value}).startswith(f"Profile 'tiny': {key}={value!r} will not do: Input should be ")
 
 
 # Engine arguments ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcycle.sizing import PLAIN_KV_MODELS, head_dim_of, kv_heads_on_devices, predict_kv
+from kvcycle.checkpoint import TINY_QWEN2
+from kvcycle.profile import load_profile
+from kvcycle.sizing import PLAIN_KV_MODELS, estimate_params_bytes, head_dim_of, kv_heads_on_devices, predict_kv
 
 #: Qwen2.5-3B, the reference run's model: two KV heads, replicated to four devices.
 QWEN: dict[str, Any] = {
@@ -46,6 +48,8 @@ def predicted(config: dict[str, Any], engine: dict[str, Any]) -> tuple[int, int]
         ({"kv_cache_dtype": "bf16", "dtype": "float32"}, 2_415_992_832),
         ({"kv_cache_dtype": "auto"}, 2_415_992_832),
         ({"kv_cache_dtype": "float8_e4m3fn"}, 2_415_992_832 // 2),
+        ({"kv_cache_dtype": "float8_e5m2"}, 2_415_992_832 // 2),
+        ({"kv_cache_dtype": "int8"}, 2_415_992_832 // 2),
         ({"dtype": "auto"}, 2_415_992_832),
         ({"dtype": None, "page_size": None, "dp_size": None}, 2_415_992_832),
     ],
@@ -142,3 +146,21 @@ def test_the_width_of_a_head(config: dict[str, int | None], width: int) -> None:
 @pytest.mark.parametrize(("heads", "devices", "held"), [(2, 4, 4), (4, 4, 4), (8, 4, 8), (2, 1, 2)])
 def test_fewer_heads_than_devices_are_replicated(heads: int, devices: int, held: int) -> None:
     assert kv_heads_on_devices(heads, devices) == held
+
+
+def test_the_weights_are_estimated_to_a_thousandth() -> None:
+    reference = load_profile("qwen2.5-3b-v4-8")
+    config = reference.model_config_json()
+    assert config is not None
+    engine = reference.engine_args("tpu")
+    estimate = estimate_params_bytes(config, engine)
+    assert estimate == pytest.approx(6_248_972_288, rel=1e-3)  # measured [reference]
+    assert estimate_params_bytes(TINY_QWEN2, {"tp_size": 4}) == pytest.approx(22_106_112, rel=1e-2)  # by the ledger
+    assert estimate_params_bytes(config, engine | {"dtype": "float32"}) == 2 * estimate
+    untied = estimate_params_bytes(config | {"tie_word_embeddings": False}, engine)
+    assert untied == estimate + config["vocab_size"] * config["hidden_size"] * 2
+    assert estimate_params_bytes(config | {"torch_dtype": "float32"}, engine | {"dtype": "auto"}) == 2 * estimate
+    # Each of two ranks has all weights on half of the devices, where no KV head is replicated.
+    two_ranks = estimate_params_bytes(config, engine | {"dp_size": 2})
+    replicated = config["num_hidden_layers"] * config["hidden_size"] * 128 * 2 * 2 * 2
+    assert two_ranks == 2 * (estimate - replicated)

@@ -18,6 +18,9 @@ from kvcycle.text import exact_bytes
 
 _WORDS: dict[Owner, str] = {"weights": "weights", "kv": "KV", "params2": "2nd set", "other": "other"}
 
+#: Stands in every line that says TPU; a record of another evidence cannot be in a plan.
+_LABEL = escape("[compiled-for-tpu]")
+
 #: From this many columns on a phase's name stands in one line; below it, exact bytes still do.
 _WIDE = 96
 _NARROW_NAME = 22
@@ -29,7 +32,7 @@ def show(plan: Plan, console: Console) -> None:
     count, kind = len(record.devices), record.devices[0].kind
     stack = record.stack
     console.print(
-        f"[bold]\\[{record.evidence}][/] {escape(str(record.profile['name']))} on {plan.topology}: "
+        f"[bold]{_LABEL}[/] {escape(str(record.profile['name']))} on {plan.topology}: "
         f"{count} {escape(kind)} device{'s' if count > 1 else ''}",
         soft_wrap=True,
     )
@@ -47,6 +50,7 @@ def show(plan: Plan, console: Console) -> None:
         )
     console.print(_phase_table(plan, console.width))
     if plan.forward:
+        console.print()
         console.print(_forward_table(plan))
     console.print(verdict(plan))
     for note in _notes(plan):
@@ -55,32 +59,33 @@ def show(plan: Plan, console: Console) -> None:
 
 def verdict(plan: Plan) -> str:
     """One line, with rich markup: that everything fits, or what does not, and by how many bytes on a device."""
+    misfits = f"[bold red]DOES NOT FIT[/] {_LABEL} on {plan.topology}"
     if (misfit := plan.first_misfit) is not None:
         others = sum(not phase.fits for phase in plan.phases) - 1
         least = "" if misfit.exact else "at least "
         return (
-            f"[bold red]DOES NOT FIT[/] on {plan.topology}: {misfit.name} ({_held(misfit)}) is {least}"
+            f"{misfits}: {misfit.name} ({_held(misfit)}) is {least}"
             f"{exact_bytes(-misfit.headroom_bytes)} over on each device"
             + (f", and {others} more phase{'s' if others > 1 else ''}" if others else "")
         )
     for step in plan.forward:
         if not step.fits:
-            return f"[bold red]DOES NOT FIT[/] on {plan.topology}: {_step(step)}: {escape(step.refusal or '')}"
+            return f"{misfits}: {_step(step)}: {escape(step.refusal or '')}"
         if not step.fits_with_params2 and step.headroom_with_params2_bytes is not None:
             return (
-                f"[bold red]DOES NOT FIT[/] on {plan.topology}: {_step(step)} beside a second parameter set is "
+                f"{misfits}: {_step(step)} beside a second parameter set is "
                 f"{exact_bytes(-step.headroom_with_params2_bytes)} over on each device"
             )
     return (
-        f"[bold green]FITS[/] on {plan.topology}: every phase, with {exact_bytes(plan.headroom_bytes)} or more left "
-        "on each device"
+        f"[bold green]FITS[/] {_LABEL} on {plan.topology}: every phase, with {exact_bytes(plan.headroom_bytes)} or "
+        "more left on each device"
     )
 
 
 def show_max_tokens(limits: MaxTokens, console: Console) -> None:
     """Print the token limits and what dropping the KV cache buys."""
     console.print(
-        f"[bold]\\[compiled-for-tpu][/] {escape(limits.profile)} on {limits.topology}: the largest "
+        f"[bold]{_LABEL}[/] {escape(limits.profile)} on {limits.topology}: the largest "
         f"engine.max_total_tokens (page_size {limits.page_size})",
         soft_wrap=True,
     )
