@@ -75,11 +75,11 @@ def loaded_params_bytes(config: dict[str, Any], tp: int) -> int:
 
     Written down from sglang-jax's models, without its code; KV heads are replicated up to tp.
     """
-    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    dim = config.get("head_dim") or hidden // config["num_attention_heads"]
-    q, kv = config["num_attention_heads"] * dim, max(config["num_key_value_heads"], tp) * dim
+    hidden, inner, layers = (int(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    dim = int(config.get("head_dim") or hidden // config["num_attention_heads"])
+    q, kv = int(config["num_attention_heads"]) * dim, max(int(config["num_key_value_heads"]), tp) * dim
     split = layers * (2 * hidden * q + 2 * hidden * kv + 3 * hidden * inner)
-    split += config["vocab_size"] * hidden * (1 if config["tie_word_embeddings"] else 2)
+    split += int(config["vocab_size"]) * hidden * (1 if config["tie_word_embeddings"] else 2)
     vectors = [hidden] * (1 + 2 * layers)  # the norms
     if config["model_type"] == "qwen2":
         vectors += [q, kv, kv] * layers  # the biases

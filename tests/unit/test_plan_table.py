@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from kvcycle.cli import app
 from kvcycle.errors import ProfileError
-from kvcycle.plan import PlanError, api, ask, command, max_tokens, plan, table
+from kvcycle.plan import PlanError, ask, command, max_tokens, plan, table
 from kvcycle.plan.model import ForwardPlan, MaxTokens, PhasePlan, Plan, TokenLimit
 from kvcycle.plan.protocol import Reply
 from kvcycle.plan.worker import HELD
@@ -303,4 +304,4 @@ def test_the_callers_environment_reaches_the_process_and_is_left_alone(
     process(monkeypatch, tmp_path, 'echo "$JAX_PLATFORMS $TPU_SKIP_MDS_QUERY $PYTHONPATH" >&2; exit 1')
     with pytest.raises(PlanError, match=r"its last words: cpu 1 \S*src:mine"):
         plan(load_profile("tiny"), "v4-8")
-    assert api.os.environ["JAX_PLATFORMS"] == "tpu"
+    assert os.environ["JAX_PLATFORMS"] == "tpu"
