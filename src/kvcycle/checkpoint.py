@@ -93,6 +93,7 @@ def ensure(name: str, config: dict[str, Any], *, seed: int = 0, root: Path | Non
     staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
     try:
         write(staging, config, seed=seed, weights=weights)
+        staging.chmod(0o755)  # mkdtemp's is for its owner alone
         try:
             staging.rename(target)
         except OSError:

@@ -245,6 +245,10 @@ class Profile(_Table):
         Raises:
             ProfileError: tp_size, dp_size, page_size or attention_backend do not fit the model or the platform.
         """
+        if moved := {"tp_size", "dp_size"} & set(self.on_cpu.engine):
+            raise ProfileError(
+                f"on_cpu.engine.{min(moved)} cannot be set: there are as many virtual devices as engine.tp_size says."
+            )
         engine = self.engine_args(platform)
         tp, dp, page = engine["tp_size"], engine["dp_size"], engine["page_size"]
         if tp % dp:

@@ -151,23 +151,24 @@ FAULTS = [
         "drop.size_is_predicted",
         "device1",
         lambda record: edit_kv(record, bytes_by_device=dict.fromkeys(range(4), KV_BYTES) | {1: KV_BYTES - 256}),
-        "device1: KV bytes by the shards, predicted by config arithmetic (4 layers x …): 33,556,224, expected "
-        "33,556,480.",
+        "device1: KV bytes by the shards, predicted by config arithmetic (4 layers x …): 32.00 MiB "
+        "(33,556,224 B), expected 32.00 MiB (33,556,480 B); off by -256 B.",
         _ROUNDED,
     ),
     Fault(
         "drop.size_is_predicted",
         "engine_claim",
         lambda record: edit_kv(record, claimed_bytes=4 * KV_BYTES + 1),
-        "engine_claim: KV bytes by the engine's own claim, predicted by config arithmetic: 134,225,921, expected "
-        "134,225,920.",
+        "engine_claim: KV bytes by the engine's own claim, predicted by config arithmetic: 128.01 MiB "
+        "(134,225,921 B), expected 128.01 MiB (134,225,920 B); off by +1 B.",
         _ROUNDED,
     ),
     Fault(
         "drop.leaves_weights",
         "cycle0-device1",
         lambda record: edit_use(record, DROPPED, by_owner={"weights": WEIGHTS - 1024, "other": OTHER + 1024}),
-        "cycle0-device1: bytes of weights after the drop: 5,525,504, expected 5,526,528.",
+        "cycle0-device1: bytes of weights after the drop: 5.27 MiB (5,525,504 B), expected 5.27 MiB "
+        "(5,526,528 B); off by -1.00 KiB (-1,024 B).",
         "the drop reached an array that belongs to the weights",
     ),
     Fault(
@@ -198,10 +199,10 @@ FAULTS = [
         "params2.fits",
         "cycle1-device0-capacity",
         lambda record: record.model_copy(
-            update={"devices": (record.devices[0].model_copy(update={"limit_bytes": 11_053_159}), *record.devices[1:])}
+            update={"devices": (record.devices[0].model_copy(update={"limit_bytes": 44_609_639}), *record.devices[1:])}
         ),
-        "cycle1-device0: 10.54 MiB (11,053,160 B) in use with the second set, but the device has 10.54 MiB "
-        "(11,053,159 B).",
+        "kv_cache_rebuilt, cycle1-device0: 42.54 MiB (44,609,640 B) in use, but the device has 42.54 MiB "
+        "(44,609,639 B).",
         None,
     ),
     Fault(
@@ -728,8 +729,8 @@ def test_the_threshold_itself_is_allowed() -> None:
 
 
 def test_a_device_may_be_full() -> None:
-    borrowing = ON_TPU.cycles[0].phases[4].devices[0].allocator_bytes
-    full = tuple(device.model_copy(update={"limit_bytes": borrowing}) for device in ON_TPU.devices)
+    peak = max(phase.devices[0].allocator_bytes or 0 for cycle in ON_TPU.cycles for phase in cycle.phases)
+    full = tuple(device.model_copy(update={"limit_bytes": peak}) for device in ON_TPU.devices)
     assert passed(list(CHECKS["params2.fits"](ON_TPU.model_copy(update={"devices": full}))))
 
 

@@ -428,3 +428,11 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         f"The checkpoint 'builtin:tiny-qwen2' cannot be written to {blocked}: [Errno 20] Not a directory: "
         f"'{blocked}/checkpoints'. Set KVCYCLE_CACHE to a folder that can be written."
     )
+
+
+def test_the_virtual_devices_follow_the_engine() -> None:
+    profile = load_profile("tiny", {"on_cpu.engine.tp_size": 2})
+    with pytest.raises(
+        ProfileError, match=r"^on_cpu\.engine\.tp_size cannot be set: there are as many virtual devices"
+    ):
+        profile.check_geometry("cpu")

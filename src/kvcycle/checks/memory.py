@@ -211,12 +211,13 @@ def params2_fits(record: Record) -> Iterator[Verdict]:
             "it did not fit, or part of it lies on another device",
         ),
     )
-    for index, phase in record.phases("sglang_param_dict2_ready"):
+    for index, cycle in enumerate(record.cycles):
         for device in record.devices:
-            use = phase.device(device.id)
-            if device.limit_bytes is None or use is None:
+            # The peak comes with the rebuild: the second set and the KV cache at once.
+            uses = [(phase.name, use) for phase in cycle.phases if (use := phase.device(device.id)) is not None]
+            if device.limit_bytes is None or not uses:
                 continue
-            in_use = max(use.ledger_bytes, use.allocator_bytes or 0)
+            in_use, name = max((max(use.ledger_bytes, use.allocator_bytes or 0), name) for name, use in uses)
             if in_use > device.limit_bytes:
                 yield Verdict(
                     id=check,
@@ -225,8 +226,8 @@ def params2_fits(record: Record) -> Iterator[Verdict]:
                     expected=device.limit_bytes,
                     measured=in_use,
                     unit="bytes",
-                    message=f"{scope(index, device.id)}: {exact_bytes(in_use)} in use with the second set, but the "
-                    f"device has {exact_bytes(device.limit_bytes)}.",
+                    message=f"{name}, {scope(index, device.id)}: {exact_bytes(in_use)} in use, but the device has "
+                    f"{exact_bytes(device.limit_bytes)}.",
                 )
 
 

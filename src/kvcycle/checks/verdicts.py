@@ -94,7 +94,10 @@ def count(
 ) -> Verdict:
     """The verdict on a number that must be met exactly; ``what`` is the beginning of the sentence."""
     outcome: Outcome = "pass" if measured == expected else "fail"
-    text = f"{place}: {what}: {measured:,}, expected {expected:,}"
+    show = exact_bytes if unit == "bytes" else "{:,}".format
+    text = f"{place}: {what}: {show(measured)}, expected {show(expected)}"
+    if outcome == "fail" and unit == "bytes":
+        text += f"; off by {signed_bytes(measured - expected)}"
     if outcome == "pass" and blind:
         outcome, text = "inconclusive", f"{text}; but {blind}, so this proves nothing"
     return Verdict(
