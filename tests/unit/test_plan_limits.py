@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvcycle.plan.abstract import AbstractEngine
 from kvcycle.plan.compiler import Answer, Size, TPUCompiler, first_line, memory_refusal
 from kvcycle.plan.limits import find_limit
+from kvcycle.plan.model import PlanError
 
 PROGRAM_BYTES = 48_640
 
@@ -147,3 +148,15 @@ def test_the_verdict_decides_over_a_sum_that_contradicts_it_by_a_tile() -> None:
 def test_an_error_without_words_is_named_by_its_class() -> None:
     assert first_line(ValueError("one.\ntwo")) == "one"
     assert first_line(NotImplementedError()) == "NotImplementedError"
+
+
+def test_a_stack_that_allocates_elsewhere_is_refused_by_name() -> None:
+    from kvcycle.plan.abstract import _replace
+
+    module = SimpleNamespace(__name__="sgl_jax.srt.mem_cache.memory_pool", there=1)
+    _replace(module, "there", 2)
+    assert module.there == 2
+    with pytest.raises(
+        PlanError, match=r"cannot plan with sglang-jax .*: sgl_jax\.srt\.mem_cache\.memory_pool has no "
+    ):
+        _replace(module, "_get_kv_zero_allocator", None)

@@ -42,6 +42,7 @@ REFUSALS = (
     TypeError,
     AttributeError,
     KeyError,
+    ImportError,
     jax.errors.JaxRuntimeError,
 )
 
@@ -138,7 +139,7 @@ class AbstractEngine:
     def _build(self, profile: Profile, folder: Path) -> None:
         from sgl_jax.srt.utils import jax_utils
 
-        jax_utils.device_array = _abstract_put  # before the modules that import it by name
+        _replace(jax_utils, "device_array", _abstract_put)  # before the modules that import it by name
 
         from sgl_jax.srt.managers import tp_worker
         from sgl_jax.srt.mem_cache import memory_pool
@@ -147,13 +148,13 @@ class AbstractEngine:
         from sgl_jax.srt.utils import weight_utils
         from sgl_jax.srt.utils.mesh_utils import create_device_mesh
 
-        weight_utils.jax = _JaxWith(jit=_abstract_jit)
-        model_runner.jax = _JaxWith(ShapeDtypeStruct=_Placeholder, device_put=_abstract_put)
-        memory_pool._get_kv_zero_allocator = _abstract_allocator
+        _replace(weight_utils, "jax", _JaxWith(jit=_abstract_jit))
+        _replace(model_runner, "jax", _JaxWith(ShapeDtypeStruct=_Placeholder, device_put=_abstract_put))
+        _replace(memory_pool, "_get_kv_zero_allocator", _abstract_allocator)
         with contextlib.suppress(ImportError):  # there since hybrid models are
             from sgl_jax.srt.mem_cache import recurrent_state_pool
 
-            recurrent_state_pool._get_recurrent_zero_allocator = _abstract_allocator
+            _replace(recurrent_state_pool, "_get_recurrent_zero_allocator", _abstract_allocator)
 
         class Runner(model_runner.ModelRunner):  # type: ignore[misc]
             free_bytes = _BOUNDLESS_BYTES
@@ -224,6 +225,22 @@ class AbstractEngine:
         inner = inspect.getclosurevars(self.runner.jitted_run_model).nonlocals
         function = inner["jitted_run_model"]
         return function, (inner["model_def"], inner["model_state_def"], self.params)
+
+
+def _replace(module: Any, name: str, value: Any) -> None:
+    """Put ``value`` in a module's place ``name``.
+
+    Raises:
+        PlanError: the place is not there: this sglang-jax allocates in another way, and really would.
+    """
+    if not hasattr(module, name):
+        from kvcycle.engine import stack
+
+        raise PlanError(
+            f"This version of kvcycle cannot plan with sglang-jax {stack().sglang_jax}: {module.__name__} has no "
+            f"{name}. It is known to plan with sglang-jax 0.1.0rc0."
+        )
+    setattr(module, name, value)
 
 
 @contextlib.contextmanager
