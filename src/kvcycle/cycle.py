@@ -118,6 +118,8 @@ class _Run:
         self.started = self.phase_started = time.perf_counter()
         self.phase_span = compiles.Span()
         self.phases: list[list[Phase]] = []
+        self.residues: list[list[dict[int, int]]] = []
+        self.residues_before: dict[int, int] = {}
         self.swaps: dict[int, SwapInfo] = {}
         self.generates: list[Generate] = []
         self.canaries: tuple[Canary, ...] = ()
@@ -139,6 +141,7 @@ class _Run:
     def cycle(self, index: int) -> None:
         """Generate, flush, drop, borrow, rebuild, generate on, give back: the SOP, with a sample at every phase."""
         self.phases.append([])
+        self.residues.append([])
         with self._phase("engine_ready"):
             pass
         with self._phase("generate_result"):
@@ -146,6 +149,7 @@ class _Run:
         with self._phase("flush_cache_before_kv_drop"):
             self.kv.flush()
 
+        self.residues_before[index] = len(self.residues[-1])
         with self._phase("kv_cache_dropped") as told:
             freed = self.kv.drop()
             told(
@@ -166,6 +170,7 @@ class _Run:
 
         with self._phase("generate_result_after_kv_rebuild"):
             self._generate("after_rebuild", index)
+            self._note_residue()
         if self.profile.cycle.generate and self.params2 is not None:
             self._swap_there_and_back(index, self.params2)
         with self._phase("after_drop_param_dict2"):
@@ -179,7 +184,7 @@ class _Run:
             return
         self._generate("cold", index)
         for _ in range(self.profile.cycle.warm_generates):
-            self.kv.flush()
+            self._note_residue()
             self._generate("warm", index)
         self._generate("prefix_hit", index)
 
@@ -190,6 +195,12 @@ class _Run:
             f"cycle {index}: generate {when}" + (", compiling the model's steps first" if when == "cold" else "")
         )
         self.generates.append(generate_once(self.engine, self.profile, when, index))
+
+    def _note_residue(self) -> None:
+        """Drain and flush, and note what nobody owns: the engine's last batch, and whatever leaks."""
+        self.kv.flush()
+        if self.profile.cycle.generate:
+            self.residues[-1].append({use.id: use.by_owner.get("other", 0) for use in self._sample().devices})
 
     def _borrow(self) -> Params2Info:
         """Allocate the second parameter set in the freed memory."""
@@ -240,6 +251,7 @@ class _Run:
             restored=sharing(self.engine, before).runner_shared,
         )
         self._generate("after_swap_back", index)
+        self._note_residue()
 
     def _give_back(self) -> None:
         if self.params2 is not None:
@@ -334,6 +346,15 @@ class _Run:
             arrays=len(weights.leaves), bytes_on_devices=weights.bytes, bytes_by_device=weights.bytes_by_device
         )
 
+    def _cycle(self, index: int) -> Cycle:
+        noted, before = self.residues[index], self.residues_before.get(index)
+        return Cycle(
+            phases=tuple(self.phases[index]),
+            swap=self.swaps.get(index),
+            residue_before=tuple(noted[:before]),
+            residue_after=tuple(noted[before:]) if before is not None else (),
+        )
+
     def _save(self) -> Record:
         record = Record(
             evidence=_EVIDENCE[jax.default_backend()],
@@ -348,9 +369,7 @@ class _Run:
             params=self.params_facts,
             boot=boot_evidence(self.engine),
             canaries=self.canaries,
-            cycles=tuple(
-                Cycle(phases=tuple(phases), swap=self.swaps.get(index)) for index, phases in enumerate(self.phases)
-            ),
+            cycles=tuple(self._cycle(index) for index in range(len(self.phases))),
             generates=tuple(self.generates),
         )
         if self.save_to is not None:

@@ -186,6 +186,10 @@ class Cycle(_Part):
 
     phases: tuple[Phase, ...]
     swap: SwapInfo | None = None
+    #: Bytes of owner "other" by device at the idle points before the drop, and at those after the rebuild: what the
+    #: engine keeps of its last batch differs by an array of a few bytes from one generation to the next.
+    residue_before: tuple[dict[int, Bytes], ...] = ()
+    residue_after: tuple[dict[int, Bytes], ...] = ()
 
     def phase(self, name: PhaseName) -> Phase | None:
         """The phase of that name, None if the cycle did not reach it."""

@@ -1041,3 +1041,17 @@ def test_no_engine_is_imported_where_none_is_needed(statement: str) -> None:
     code = f"import sys; {statement}; print({{'jax', 'jaxlib', 'sgl_jax.srt.server_args'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "set()\n", "")
+
+
+def test_a_last_batch_that_is_smaller_once_is_no_growth_and_a_leak_still_shows_to_the_byte() -> None:
+    def residues(record: Record, *, after: int) -> Record:
+        before = tuple(dict.fromkeys(range(4), OTHER + 4) for _ in range(3))
+        noted = tuple(dict.fromkeys(range(4), OTHER + after) for _ in range(3))
+        cycles = tuple(
+            cycle.model_copy(update={"residue_before": before, "residue_after": noted}) for cycle in record.cycles
+        )
+        return record.model_copy(update={"cycles": cycles})
+
+    assert passed(list(CHECKS["cycles.no_growth"](residues(ON_CPU, after=4))))
+    leak = list(CHECKS["cycles.no_growth"](residues(ON_CPU, after=5)))
+    assert {(v.verdict, v.measured) for v in leak} == {("fail", 1)}
