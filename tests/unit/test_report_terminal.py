@@ -190,7 +190,7 @@ def test_markup_in_a_name_is_text(name: str) -> None:
         f"FAILED [simulated-on-cpu] {name} on 4 {name} devices, sglang-jax {name}, jax {name}: "
     )
     assert f"predicted by {name}: {name}" in text
-    assert f"engine_claim: KV bytes by the engine's own claim, predicted by {name}: 1, expected" in flat(text)
+    assert f"engine_claim: KV bytes by the engine's own claim, predicted by {name}: 1 B, expected" in flat(text)
 
 
 def test_color_only_where_it_is_asked_for() -> None:
