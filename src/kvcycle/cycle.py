@@ -115,8 +115,7 @@ class _Run:
         self.predicted = predicted or predict_by_arithmetic(profile, "cpu" if jax.default_backend() == "cpu" else "tpu")
         self.kv = KVCache(engine)
         self.params2: ParamSet | None = None
-        self.started = self.phase_started = time.perf_counter()
-        self.phase_span = compiles.Span()
+        self.started = time.perf_counter()
         self.phases: list[list[Phase]] = []
         self.residues: list[list[dict[int, int]]] = []
         self.residues_before: dict[int, int] = {}
@@ -273,7 +272,7 @@ class _Run:
     def _phase(self, name: PhaseName) -> Iterator[Callable[[PhaseInfo], None]]:
         """Time a phase, count its compilations, and sample every witness at its end."""
         index = len(self.phases) - 1
-        self.phase_started = time.perf_counter()
+        began = time.perf_counter()
         span = compiles.Span()
         info: list[PhaseInfo] = []
         yield info.append
@@ -283,7 +282,7 @@ class _Run:
             Phase(
                 name=name,
                 t_s=ended - self.started,
-                seconds=ended - self.phase_started,
+                seconds=ended - began,
                 rss_bytes=sample.rss_bytes,
                 devices=sample.devices,
                 ledger_bytes_sum=sample.ledger_bytes_sum,
@@ -291,7 +290,7 @@ class _Run:
                 info=info[0] if info else None,
             )
         )
-        took = seconds(ended - self.phase_started)
+        took = seconds(ended - began)
         self.progress(f"cycle {index}: {name}: {exact_bytes(sample.ledger_bytes_sum)} in use, {took}")
         self._save()
 
