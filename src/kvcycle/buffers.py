@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import threading
 import types
 from collections import deque
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
+from kvcycle import capacity
 from kvcycle.errors import UnknownBufferError
 from kvcycle.record import Layout
 
@@ -47,6 +49,13 @@ class Slot:
     def get(self) -> Any:
         """The array in the slot now."""
         return self.owner[self.key] if isinstance(self.owner, (list, dict)) else vars(self.owner)[self.key]
+
+    def find(self) -> Any | None:
+        """The array in the slot now; None if the slot is gone, as a list that became shorter leaves it."""
+        try:
+            return self.get()
+        except LookupError:
+            return None
 
     def set(self, array: jax.Array) -> None:
         """Put ``array`` into the slot."""
@@ -165,6 +174,17 @@ def bytes_by_device(arrays: Iterable[jax.Array]) -> dict[int, int]:
     return dict(sorted(totals.items()))
 
 
+def spec_bytes_by_device(specs: Iterable[BufferSpec]) -> dict[int, int]:
+    """Logical bytes that arrays of these specs take on each local device, by device id; a device may pad them."""
+    totals: dict[int, int] = {}
+    for spec in specs:
+        size = math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize
+        devices: set[Any] = spec.sharding.addressable_devices  # jax's stubs do not say what a Device is
+        for device in devices:
+            totals[device.id] = totals.get(device.id, 0) + size
+    return dict(sorted(totals.items()))
+
+
 class ZeroAllocator:
     """Allocates arrays of zeros for a list of specs in one compiled call, compiled when this is made.
 
@@ -174,6 +194,7 @@ class ZeroAllocator:
 
     def __init__(self, specs: Sequence[BufferSpec]) -> None:
         self._specs = list(specs)
+        self._needed_bytes_by_device = spec_bytes_by_device(self._specs)
         self._groups = [
             (indices, self._compile([self._specs[i] for i in indices], committed))
             for committed in (True, False)
@@ -203,24 +224,41 @@ class ZeroAllocator:
         Raises:
             jax.errors.JaxRuntimeError: the device has not enough memory; nothing stays allocated.
         """
-        arrays: list[jax.Array | None] = [None] * len(self._specs)
-        for indices, allocate in self._groups:
-            for index, array in zip(indices, allocate(), strict=True):
-                arrays[index] = array
-        ready: list[jax.Array] = jax.block_until_ready(arrays)
-        return ready
+        capacity.claim(self._needed_bytes_by_device)
+        arrays: dict[int, jax.Array] = {}
+        try:
+            for indices, allocate in self._groups:
+                arrays.update(zip(indices, allocate(), strict=True))
+            jax.block_until_ready(list(arrays.values()))
+        except BaseException:
+            # The exception's traceback would keep what is there already alive for as long as somebody keeps it.
+            for array in arrays.values():
+                array.delete()
+            raise
+        return [arrays[index] for index in range(len(self._specs))]
 
 
 class ZeroTester:
     """Tells which arrays hold anything but zeros, in one compiled call, compiled when this is made."""
 
     def __init__(self, specs: Sequence[BufferSpec]) -> None:
+        self._specs = list(specs)
         abstract = [jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=spec.sharding) for spec in specs]
         # != 0 is True for NaN as well.
         self._any_nonzero = (
             jax.jit(lambda *arrays: [jnp.any(array != 0) for array in arrays]).lower(*abstract).compile()
         )
 
-    def __call__(self, arrays: Sequence[jax.Array]) -> list[bool]:
-        """For each array whether any element is not zero."""
-        return [bool(flag) for flag in self._any_nonzero(*arrays)]
+    def __call__(self, arrays: Sequence[jax.Array | None]) -> list[bool]:
+        """For each array whether any element is not zero; also True for one that is None or deleted."""
+        if all(
+            array is not None and not array.is_deleted() and BufferSpec.of(array) == spec
+            for array, spec in zip(arrays, self._specs, strict=True)
+        ):
+            return [bool(flag) for flag in self._any_nonzero(*arrays)]
+        # What was compiled takes no other layout, and this must not fail where there is something to tell.
+        return [array is None or array.is_deleted() or _holds_nonzero(array) for array in arrays]
+
+
+def _holds_nonzero(array: jax.Array) -> bool:
+    return any(bool(np.any(np.asarray(shard.data) != 0)) for shard in array.addressable_shards)

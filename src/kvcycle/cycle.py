@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from kvcycle import compiles, internals, memory
+from kvcycle import capacity, compiles, internals, memory
 from kvcycle.buffers import BufferSpec, find_slots
 from kvcycle.canary import release_canaries
 from kvcycle.engine import boot_evidence, stack
@@ -361,7 +361,7 @@ class _Run:
             profile=self.profile.model_dump(mode="json"),
             stack=stack(),
             devices=tuple(
-                Device(id=device.id, kind=device.device_kind, limit_bytes=memory.limit_bytes(device))
+                Device(id=device.id, kind=device.device_kind, limit_bytes=capacity.limit_bytes(device))
                 for device in self._devices()
             ),
             kv=self.kv_facts,

@@ -46,9 +46,12 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
 
     import jax
 
-    from kvcycle import compiles, inband, internals, memory
+    from kvcycle import capacity, compiles, inband, internals, memory
     from kvcycle.containment import Containment
 
+    if chosen == "cpu":
+        capacity.check_fits(profile)
+        capacity.simulate(profile.on_cpu.limit_bytes)
     before = memory.snapshot().devices
     span = compiles.Span()
     containment = Containment()
@@ -108,7 +111,7 @@ class BootedEngine:
         if self.closed:
             return
         self.closed = True
-        from kvcycle import inband, internals
+        from kvcycle import capacity, inband, internals
 
         channel = inband.channel_of(self.engine)
         with suppress(EngineBusyError):  # it does not answer any more: see `stopped`
@@ -118,6 +121,7 @@ class BootedEngine:
             slot_array.delete()
         for leaf in internals.weight_leaves(self.engine):
             leaf.delete()
+        capacity.simulate(None)
         self.engine.send_to_rpc.close()
         self.containment.end()
         atexit.unregister(self.close)

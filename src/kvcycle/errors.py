@@ -56,11 +56,18 @@ class RebuildError(KVCycleError):
 
     Attributes:
         needed_bytes_by_device: what one rebuild allocates on each device, by device id.
+        free_bytes_by_device: what was free on each device; absent for a device that states no capacity.
     """
 
-    def __init__(self, message: str, needed_bytes_by_device: dict[int, int]) -> None:
+    def __init__(
+        self,
+        message: str,
+        needed_bytes_by_device: dict[int, int],
+        free_bytes_by_device: dict[int, int] | None = None,
+    ) -> None:
         super().__init__(message)
         self.needed_bytes_by_device = needed_bytes_by_device
+        self.free_bytes_by_device = free_bytes_by_device or {}
 
 
 class ParamSetError(KVCycleError):

@@ -6,7 +6,9 @@ seen on sglang-jax 0.1.0rc0 (the rest stands in ``internals.py``):
 
 - ``scheduler._request_dispatcher._mapping``: (type, handler) pairs, tried in order;
 - ``engine.send_to_rpc``: a socket whose messages the scheduler's loop receives;
-- ``scheduler.on_idle()``: called when nothing runs and the pipeline is empty; not while the engine is paused.
+- ``scheduler.on_idle()``: called when nothing runs and the pipeline is empty; not while the user has paused the engine;
+- ``scheduler.get_next_batch_to_run()``: called once an iteration; while the channel is *held* it returns no batch, so
+  that requests queue and nothing is forwarded, whatever else continues or pauses the engine.
 """
 
 from __future__ import annotations
@@ -15,17 +17,18 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from kvcycle.errors import EngineBusyError, EngineCrashedError
-from kvcycle.internals import scheduler_of, unfinished_requests
+from kvcycle.internals import between_batches, scheduler_of, unfinished_requests
 
-#: "idle": when no request is queued or running and the pipeline has drained. "now": between two iterations.
-At = Literal["idle", "now"]
+#: "now": between two iterations. "between": between two iterations, and no request is half-way from the prefill to the
+#: running batch. "idle": no request is queued or running and the pipeline has drained, or the channel is held.
+At = Literal["idle", "between", "now"]
 
 #: How often a waiting caller looks whether the engine has died meanwhile.
 _POLL_S = 0.25
@@ -56,6 +59,8 @@ class Channel:
         self.crash: str | None = None
         #: The scheduler's thread, known after the first call.
         self.thread: threading.Thread | None = None
+        #: While True no batch is forwarded; requests that reach the scheduler wait in its queue.
+        self.held = False
         self._tickets = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
         self._deferred: list[_Pending] = []
@@ -69,7 +74,7 @@ class Channel:
 
         Args:
             function: what to run; whatever it raises is raised here, and never reaches the scheduler's loop.
-            at: ``"idle"`` also waits for the pipeline of finished requests to drain.
+            at: the moment, see :data:`At`. ``"idle"`` also waits for the pipeline of finished requests to drain.
             timeout_s: how long to wait for the moment; a call that was not started by then is withdrawn.
             wait_for_requests: with ``"idle"``, wait for queued and running requests instead of refusing.
 
@@ -94,6 +99,11 @@ class Channel:
             except FutureTimeoutError:
                 if pending.future.done():
                     return pending.future.result()
+            except (KeyboardInterrupt, SystemExit):
+                # Either it never happens, or it has happened: the caller must not be left in between.
+                if not pending.future.cancel():
+                    wait([pending.future], timeout=timeout_s)
+                raise
             if self.crash is not None:
                 raise EngineCrashedError(f"The engine died while it was asked: {self.crash}")
             # A call that has begun is not withdrawn: cancel() says False, and its end is awaited.
@@ -108,33 +118,47 @@ class Channel:
     def _install(self) -> None:
         mapping = self.scheduler._request_dispatcher._mapping
         mapping.append((Call, self._receive))
-        original = self.scheduler.on_idle
+        on_idle, next_batch = self.scheduler.on_idle, self.scheduler.get_next_batch_to_run
 
-        def on_idle() -> None:
-            original()
-            if self._deferred and self.scheduler.is_fully_idle():
-                waiting, self._deferred = self._deferred, []
-                for pending in waiting:
-                    _run(pending)
+        def on_idle_then_deferred() -> None:
+            on_idle()
+            self._run_deferred("idle")
 
-        self.scheduler.on_idle = on_idle
+        def next_batch_unless_held() -> Any:
+            self._run_deferred("between")
+            return None if self.held else next_batch()
+
+        self.scheduler.on_idle = on_idle_then_deferred
+        self.scheduler.get_next_batch_to_run = next_batch_unless_held
+
+    def _run_deferred(self, at: At) -> None:
+        if any(pending.at == at for pending in self._deferred) and self._has_come(at):
+            due = [pending for pending in self._deferred if pending.at == at]
+            self._deferred = [pending for pending in self._deferred if pending.at != at]
+            for pending in due:
+                _run(pending)
+
+    def _has_come(self, at: At) -> bool:
+        if at == "idle":
+            return self.held or bool(self.scheduler.is_fully_idle())
+        return at == "now" or between_batches(self.scheduler)
 
     def _receive(self, message: Call) -> None:
-        """On the scheduler's thread: run now, put off to the idle point, or refuse."""
+        """On the scheduler's thread: run now, put off to the right moment, or refuse."""
         self.thread = threading.current_thread()
         pending = self._pending.pop(message.ticket, None)
         if pending is None:
             return
-        if pending.at == "now" or self.scheduler.is_fully_idle():
+        if self._has_come(pending.at):
             _run(pending)
             return
         counts = unfinished_requests(self.scheduler)
-        if any(counts.values()) and not pending.wait_for_requests:
+        if pending.at == "idle" and any(counts.values()) and not pending.wait_for_requests:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(
                     EngineBusyError(
-                        f"The engine is busy: {_counts_text(counts)}. Wait for the requests or abort them; "
-                        "drop(wait_s=…) waits for them.",
+                        f"The engine is busy: {_counts_text(counts)}. Wait for the requests, or see drop(wait_s=…) "
+                        "and drop(mode='abort' or 'retract').",
                         counts,
                     )
                 )

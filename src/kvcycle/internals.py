@@ -5,8 +5,10 @@ Seen on sglang-jax 0.1.0rc0:
 - ``engine.scheduler_info["scheduler"]`` (single-process engines), its ``.tp_worker``, and with overlap that one's
   ``.worker``;
 - ``model_runner``: ``memory_pools``, ``token_to_kv_pool``, ``model_state_leaves`` (what forwards read) and ``model``;
-- ``scheduler._engine_paused``: while it is set, new requests are queued and nothing is forwarded;
-- ``engine.tokenizer_manager.generate_request``: what generate, async_generate, streaming, encode and score go through.
+- ``scheduler.get_next_batch_to_run``: what the loop asks for work, once an iteration unless the user has paused it;
+- ``scheduler.pause_generation``, ``abort_request`` and the queues that they act on;
+- ``engine.tokenizer_manager.generate_request``: what generate, async_generate, streaming, encode, rerank and score go
+  through, and ``.flush_cache``.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def scheduler_of(engine: Any) -> Any:
         )
     missing = [
         name
-        for name in ("_request_dispatcher", "on_idle", "is_fully_idle", "tp_worker", "_engine_paused")
+        for name in ("_request_dispatcher", "on_idle", "is_fully_idle", "tp_worker", "get_next_batch_to_run")
         if not hasattr(scheduler, name)
     ]
     if missing:
@@ -70,53 +72,104 @@ def claimed_kv_bytes(engine: Any) -> int | None:
     return int(sum(size)) if isinstance(size, tuple) else int(size)
 
 
-def unfinished_requests(scheduler: Any) -> dict[str, int]:
-    """Requests that are queued or running, by place; finished ones whose results still drain do not count."""
-    running: set[int] = set()
+def _running_requests(scheduler: Any) -> list[Any]:
+    running: dict[int, Any] = {}
     for batch in (scheduler.running_batch, scheduler.cur_batch, scheduler.last_batch):
         if batch is not None:
             for info in batch.reqs_info:
-                running.update(id(request) for request in (info.reqs or ()) if not request.finished())
-    running.update(id(request) for request in scheduler.chunked_reqs if request is not None)
+                running.update((id(request), request) for request in (info.reqs or ()) if not request.finished())
+    running.update((id(request), request) for request in scheduler.chunked_reqs if request is not None)
+    return list(running.values())
+
+
+def unfinished_requests(scheduler: Any) -> dict[str, int]:
+    """Requests that are queued or running, by place; finished ones whose results still drain do not count."""
     return {
         "waiting": len(scheduler.waiting_queue) + len(scheduler.grammar_queue) + len(scheduler.pending_dp_reqs),
-        "running": len(running),
+        "running": len(_running_requests(scheduler)),
     }
 
 
-def flush(scheduler: Any) -> None:
+def abort_requests(scheduler: Any) -> list[str]:
+    """Abort every queued and running request and return their ids; on the scheduler's thread.
+
+    A running one ends after one more step, so the engine is idle only a few iterations later.
+    """
+    from sgl_jax.srt.managers.io_struct import AbortReq
+
+    ids = [
+        request.rid for request in (*scheduler.waiting_queue, *scheduler.grammar_queue, *_running_requests(scheduler))
+    ]
+    scheduler.abort_request(AbortReq(abort_all=True))
+    return ids
+
+
+def between_batches(scheduler: Any) -> bool:
+    """Whether running requests can be retracted now; on the scheduler's thread, before it asks for the next batch.
+
+    ``pause_generation`` looks for them in ``running_batch`` and forgets a batch that was just prefilled and not merged
+    into it yet: its requests would never be answered.
+    """
+    last = scheduler.last_batch
+    parked = getattr(scheduler, "_eagle3_overlap_parked_batch", None)
+    return parked is None and (last is None or not last.forward_mode.is_extend())
+
+
+def retract_requests(scheduler: Any) -> list[str]:
+    """Put every running request back into the queue, from where it is computed again; returns their ids.
+
+    On the scheduler's thread, :func:`between_batches`. The pipeline is drained; the prompts and the tokens so far are
+    kept, the requests' KV slots are not.
+    """
+    from sgl_jax.srt.managers.io_struct import PauseGenerationReqInput
+
+    paused_before = scheduler._engine_paused
+    running = _running_requests(scheduler)
+    scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+    scheduler._engine_paused = paused_before
+    return [request.rid for request in running if not request.finished()]
+
+
+def flush(scheduler: Any, *, keep_waiting: bool = False) -> None:
     """Return all slots to the allocator and clear the prefix cache; on the scheduler's thread, when idle.
+
+    Args:
+        scheduler: whose cache.
+        keep_waiting: flush although requests wait: they have computed nothing, and stay queued.
 
     Raises:
         EngineBusyError: the scheduler refused, with its own reason.
     """
-    success, reason, _ = scheduler.flush_cache()
+    queues = {name: getattr(scheduler, name) for name in ("waiting_queue", "pending_dp_reqs")} if keep_waiting else {}
+    for name in queues:
+        setattr(scheduler, name, [])
+    try:
+        success, reason, _ = scheduler.flush_cache()
+    finally:
+        for name, queue in queues.items():
+            setattr(scheduler, name, queue)
     if not success:
         raise EngineBusyError(f"The engine refused to flush its cache: {reason}", unfinished_requests(scheduler))
 
 
-def pause(scheduler: Any) -> None:
-    """Let requests queue from now on, and nothing be forwarded; on the scheduler's thread."""
-    scheduler._engine_paused = True
-
-
-def resume(scheduler: Any) -> None:
-    """Take up forwarding again; on the scheduler's thread."""
-    scheduler._engine_paused = False
-
-
 def refuse_requests(engine: Any, reason: Callable[[], Exception | None]) -> None:
-    """Let every request ask ``reason()`` first, and fail in its caller with the exception it returns, if any."""
+    """Let every request and every flush ask ``reason()`` first, and fail in its caller with what it returns, if any."""
     manager = engine.tokenizer_manager
-    original = manager.generate_request
+    generate, flush_cache = manager.generate_request, manager.flush_cache
 
     async def generate_request(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         if (refusal := reason()) is not None:
             raise refusal
-        async for chunk in original(*args, **kwargs):
+        async for chunk in generate(*args, **kwargs):
             yield chunk
 
+    async def flush_unless_refused() -> Any:
+        if (refusal := reason()) is not None:
+            raise refusal
+        return await flush_cache()
+
     manager.generate_request = generate_request
+    manager.flush_cache = flush_unless_refused
 
 
 def weight_leaves(engine: Any) -> list[jax.Array]:

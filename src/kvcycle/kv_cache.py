@@ -11,19 +11,21 @@ States: ``resident`` → :meth:`KVCache.drop` → ``dropped`` → :meth:`KVCache
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import jax
 
-from kvcycle import inband, internals, memory
+from kvcycle import capacity, inband, internals, memory
 from kvcycle.buffers import BufferSpec, Slot, ZeroAllocator, ZeroTester, bytes_by_device, find_slots
-from kvcycle.errors import KVCacheDroppedError, KVCacheStateError, RebuildError, UnknownBufferError
+from kvcycle.errors import EngineBusyError, KVCacheDroppedError, KVCacheStateError, RebuildError, UnknownBufferError
 from kvcycle.text import exact_bytes
 
 State = Literal["resident", "dropped"]
+#: What becomes of queued and running requests at a drop: see :meth:`KVCache.drop`.
+Mode = Literal["refuse", "abort", "retract"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Freed:
     """What a drop freed: bytes on every device, and how many buffers were deleted of how many.
 
     ``missing_delete_method`` counts slots whose object could not be deleted; it is 0 unless something is wrong.
+    ``aborted`` and ``retracted`` are the ids of the requests that were, see :meth:`KVCache.drop`.
     """
 
     bytes: int
@@ -38,6 +41,8 @@ class Freed:
     buffers: int
     deleted_buffers: int
     missing_delete_method: int
+    aborted: tuple[str, ...] = ()
+    retracted: tuple[str, ...] = ()
 
 
 class KVCache:
@@ -87,28 +92,66 @@ class KVCache:
 
     def arrays(self) -> list[jax.Array]:
         """The arrays in the slots now; [] while dropped. A forward replaces them, so do not hold on to them."""
-        return [slot.get() for slot in self._buffers.slots] if self.state == "resident" else []
+        if self.state == "dropped":
+            return []
+        return [array for slot in self._buffers.slots if (array := slot.find()) is not None]
 
-    def drop(self, *, wait_s: float | None = None) -> Freed:
+    def drop(self, *, wait_s: float | None = None, mode: Mode = "refuse") -> Freed:
         """Delete the buffers and give their memory back.
 
         The pipeline of finished requests is let drain and the prefix cache is flushed first: what the cache knew is
-        gone. Requests meanwhile raise :class:`~kvcycle.errors.KVCacheDroppedError` in their caller.
+        gone. Requests meanwhile raise :class:`~kvcycle.errors.KVCacheDroppedError` in their caller; one that had
+        reached the engine already waits for the rebuild.
 
         Args:
-            wait_s: wait this many seconds for queued and running requests, instead of refusing at once.
+            wait_s: wait this many seconds for queued and running requests, before ``mode`` decides.
+            mode: what becomes of requests that are queued or running then. ``"refuse"``: they go on, nothing is
+                dropped. ``"abort"``: they end now, with finish reason ``abort`` and the tokens they have.
+                ``"retract"``: they go back into the queue, and after the rebuild they go on to the same end.
+
+        Returns:
+            What was freed, and the ids of the requests that were aborted or retracted.
 
         Raises:
             EngineBusyError: requests are queued or running (with the counts); nothing was deleted.
             KVCacheStateError: already dropped.
         """
+        return self._drop(wait_s, mode, [])
+
+    def _drop(self, wait_s: float | None, mode: Mode, done: list[Freed]) -> Freed:
+        """Drop, and put what was freed into ``done`` the moment it is: an interrupted caller can look there."""
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode={mode!r} is none; use one of {', '.join(get_args(Mode))}.")
         self._buffers.expect("resident", "dropped already", "call rebuild() first, or use `with kv.released():`")
-        return self._channel.call(
-            self._buffers.drop,
-            at="idle",
-            timeout_s=wait_s if wait_s is not None else _DRAIN_S,
-            wait_for_requests=wait_s is not None,
-        )
+
+        def noting(drop: Callable[[], Freed]) -> Callable[[], Freed]:
+            def run() -> Freed:
+                done.append(drop())
+                return done[-1]
+
+            return run
+
+        if mode == "refuse" or wait_s is not None:
+            try:
+                return self._channel.call(
+                    noting(self._buffers.drop),
+                    at="idle",
+                    timeout_s=wait_s if wait_s is not None else _DRAIN_S,
+                    wait_for_requests=wait_s is not None,
+                )
+            except EngineBusyError:
+                if mode == "refuse":
+                    raise
+        if mode == "retract":
+            return self._channel.call(noting(self._buffers.retract_and_drop), at="between", timeout_s=_DRAIN_S)
+        with self._buffers.closing():
+            aborted = tuple(self._channel.call(lambda: internals.abort_requests(self._channel.scheduler)))
+            return self._channel.call(
+                noting(lambda: replace(self._buffers.drop(), aborted=aborted)),
+                at="idle",
+                timeout_s=_DRAIN_S,
+                wait_for_requests=True,
+            )
 
     def rebuild(self) -> None:
         """Allocate all buffers anew, as zeros, in the same slots of the same objects; compiles nothing.
@@ -122,16 +165,23 @@ class KVCache:
         self._channel.call(self._buffers.rebuild, at="now", timeout_s=_REBUILD_S)
 
     @contextmanager
-    def released(self, *, wait_s: float | None = None) -> Iterator[Freed]:
-        """Drop on the way in, rebuild on the way out, also when the block raises.
+    def released(self, *, wait_s: float | None = None, mode: Mode = "refuse") -> Iterator[Freed]:
+        """Drop on the way in (as :meth:`drop` does), rebuild on the way out, also when the block raises.
 
-        Should the rebuild fail as well, its :class:`~kvcycle.errors.RebuildError` is raised with the block's
-        exception as its context, so that both are told.
+        Also a Ctrl-C that arrives during the drop leaves the cache resident. Should the rebuild fail as well, its
+        :class:`~kvcycle.errors.RebuildError` is raised from the block's exception, so that both are told.
         """
-        freed = self.drop(wait_s=wait_s)
+        done: list[Freed] = []
         try:
-            yield freed
-        finally:
+            yield self._drop(wait_s, mode, done)
+        except BaseException as error:
+            if done and self.state == "dropped":
+                try:
+                    self.rebuild()
+                except RebuildError as failure:
+                    raise failure from error
+            raise
+        if self.state == "dropped":  # the block may have rebuilt it by hand
             self.rebuild()
 
     def flush(self) -> None:
@@ -140,10 +190,11 @@ class KVCache:
         The engine's own ``flush_cache()`` refuses right after a ``generate()``, while the pipeline drains, and only
         says so in its return value.
         """
+        self._buffers.expect("resident", "dropped", "it has no prefix cache to empty; rebuild() first")
         self._channel.call(lambda: internals.flush(self._channel.scheduler), at="idle", timeout_s=_DRAIN_S)
 
     def nonzero_slots(self) -> list[str]:
-        """Paths of the slots that hold anything but zeros: [] right after a rebuild."""
+        """Paths of the slots that hold anything but zeros, or nothing at all: [] right after a rebuild."""
         return self._channel.call(self._buffers.nonzero_slots, at="now")
 
 
@@ -158,7 +209,8 @@ class _Buffers:
     def __init__(self, channel: inband.Channel) -> None:
         self.channel = channel
         self.state: State = "resident"
-        self._state_lock = threading.Lock()
+        #: Requests are being aborted for a drop, so no new one may start.
+        self._closing = False
         self.slots = find_slots(internals.pools_of(channel.engine))
         if not self.slots:
             raise UnknownBufferError("The engine's pools hold no device array, so there is nothing to drop.")
@@ -174,17 +226,23 @@ class _Buffers:
         if self.state != state:
             raise KVCacheStateError(f"The KV cache is {otherwise}; {way_out}.")
 
-    def drop(self) -> Freed:
-        """On the scheduler's thread, idle: nothing is running and nothing can start before this returns."""
+    def retract_and_drop(self) -> Freed:
+        """On the scheduler's thread, between batches."""
+        self.expect("resident", "dropped already", "another caller dropped it first; one rebuild() serves both")
+        # Back in the queue they are safe: should the drop fail, they are computed again.
+        retracted = internals.retract_requests(self.channel.scheduler)
+        return replace(self.drop(keep_waiting=True), retracted=tuple(retracted))
+
+    def drop(self, *, keep_waiting: bool = False) -> Freed:
+        """On the scheduler's thread: nothing is running and nothing can start before this returns."""
         # Asked again here: of two callers that both found it resident, one comes second.
         self.expect("resident", "dropped already", "another caller dropped it first; one rebuild() serves both")
-        scheduler = self.channel.scheduler
-        internals.flush(scheduler)
+        internals.flush(self.channel.scheduler, keep_waiting=keep_waiting)
         arrays = [slot.get() for slot in self.slots]
         # A buffer in use by a pending computation would be freed later; a donated one has no bytes to sum.
         jax.block_until_ready(arrays)
         freed_by_device = bytes_by_device(arrays)
-        internals.pause(scheduler)
+        self.channel.held = True
         self.state = "dropped"
         deleted = missing = 0
         for array in arrays:
@@ -202,6 +260,15 @@ class _Buffers:
             missing_delete_method=missing,
         )
 
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Refuse new requests in their callers meanwhile."""
+        self._closing = True
+        try:
+            yield
+        finally:
+            self._closing = False
+
     def rebuild(self) -> None:
         """On the scheduler's thread."""
         self.expect("dropped", "resident already", "another caller rebuilt it first")
@@ -212,27 +279,40 @@ class _Buffers:
         for slot, array in zip(self.slots, arrays, strict=True):
             slot.set(array)
         self.state = "resident"
-        internals.resume(self.channel.scheduler)
+        self.channel.held = False
 
     def nonzero_slots(self) -> list[str]:
         self.expect("resident", "dropped", "rebuild() first")
-        flags = self._nonzero([slot.get() for slot in self.slots])
+        flags = self._nonzero([slot.find() for slot in self.slots])
         return [slot.path for slot, nonzero in zip(self.slots, flags, strict=True) if nonzero]
 
     def _no_room(self, error: Exception) -> RebuildError:
-        snapshot = memory.snapshot(largest=3)
-        needed = "; ".join(f"device {device}: {exact_bytes(size)}" for device, size in self.bytes_by_device.items())
-        holders = ", ".join(f"{what} ({exact_bytes(size)})" for what, size in snapshot.largest_other)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        needed, free = self.bytes_by_device, capacity.free_bytes_by_device(self.bytes_by_device)
+        per_device = "; ".join(
+            f"device {device}: {exact_bytes(size)}" + (f", free {exact_bytes(free[device])}" if device in free else "")
+            for device, size in needed.items()
+        )
+        snapshot = memory.snapshot({"weights": internals.weight_leaves(self.channel.engine)}, largest=3)
+        holders = [f"the engine's weights ({exact_bytes(snapshot.bytes_of('weights'))})"]
+        holders += [f"{what} ({exact_bytes(size)})" for what, size in snapshot.largest_other]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         return RebuildError(
-            f"The KV cache could not be rebuilt: {reason} It needs {needed}. The largest live arrays are {holders}. "
-            "It stays dropped: delete what is no longer needed, then call rebuild() again.",
-            dict(self.bytes_by_device),
+            f"The KV cache could not be rebuilt: {reason}. It needs {per_device}. What holds most, summed over the "
+            f"devices: {', '.join(holders)}. It stays dropped: delete what is no longer needed, then call rebuild() "
+            "again.",
+            dict(needed),
+            free,
         )
 
     def _refusal(self) -> KVCacheDroppedError | None:
         if self.state == "resident":
-            return None
+            return (
+                KVCacheDroppedError(
+                    "The engine cannot serve a request: its KV cache is being dropped, and those before it are aborted."
+                )
+                if self._closing
+                else None
+            )
         return KVCacheDroppedError(
             "The engine cannot serve a request: its KV cache is dropped. Call rebuild() on its KVCache, or leave the "
             "`with kv.released():` block, first."

@@ -30,7 +30,7 @@ class MemorySnapshot:
     t_s: float
     devices: tuple[DeviceUse, ...]
     rss_bytes: int | None
-    #: Largest live arrays that no owner claims, largest first: (description, bytes over all devices).
+    #: Largest live arrays that no owner claims, alike ones together, largest first: (description, bytes, all devices).
     largest_other: tuple[tuple[str, int], ...] = field(default=())
 
     @property
@@ -113,7 +113,7 @@ def snapshot(
         owners: arrays by owner; a live buffer that none of them holds is ``other``. A buffer held by two owners is
             the first one's.
         devices: the devices to report; all local ones by default.
-        largest: how many of the largest unowned arrays to name.
+        largest: how many kinds (dtype and shape) of unowned arrays to name, those that hold most first.
     """
     local = list(devices) if devices is not None else jax.local_devices()
     owner_of: dict[tuple[int, int], Owner] = {}
@@ -124,7 +124,7 @@ def snapshot(
                     owner_of.setdefault((device_id, address), owner)
     use: dict[int, dict[Owner, int]] = {device.id: dict.fromkeys(OWNERS, 0) for device in local}
     counted: set[tuple[int, int]] = set()
-    unowned: list[tuple[str, int]] = []
+    unowned: dict[str, list[int]] = {}
     # Ordered so that a whole array is met before the single-device views that reading its shards leaves alive: then
     # the largest unowned arrays are named whole.
     for array in sorted(jax.live_arrays(), key=lambda a: -len(a.sharding.device_set)):
@@ -139,7 +139,7 @@ def snapshot(
             if owner == "other":
                 unowned_bytes += size
         if largest and unowned_bytes:
-            unowned.append((f"{array.dtype}{list(array.shape)}", unowned_bytes))
+            unowned.setdefault(f"{array.dtype}{list(array.shape)}", []).append(unowned_bytes)
     return MemorySnapshot(
         t_s=time.perf_counter(),
         devices=tuple(
@@ -152,22 +152,38 @@ def snapshot(
             for device in local
         ),
         rss_bytes=rss_bytes(),
-        largest_other=tuple(sorted(unowned, key=lambda entry: -entry[1])[:largest]),
+        largest_other=_largest(unowned, largest),
     )
+
+
+def _largest(sizes_by_description: Mapping[str, list[int]], number: int) -> tuple[tuple[str, int], ...]:
+    held = [
+        (f"{len(sizes)} x {description}" if len(sizes) > 1 else description, sum(sizes))
+        for description, sizes in sizes_by_description.items()
+    ]
+    return tuple(sorted(held, key=lambda entry: -entry[1])[:number])
 
 
 def allocator_bytes(device: jax.Device) -> int | None:
     """The device's own ``bytes_in_use``; None where it keeps no statistics or none of that name."""
-    stats = device.memory_stats()
-    value = stats.get("bytes_in_use") if stats else None
-    return int(value) if value is not None else None
+    return _stat(device, "bytes_in_use")
 
 
 def limit_bytes(device: jax.Device) -> int | None:
     """The device's capacity by its own word (``bytes_limit``); None where it does not say."""
-    stats = device.memory_stats()
-    value = stats.get("bytes_limit") if stats else None
+    return _stat(device, "bytes_limit")
+
+
+def _stat(device: jax.Device, name: str) -> int | None:
+    stats = device_stats(device)
+    value = stats.get(name) if stats else None
     return int(value) if value is not None else None
+
+
+def device_stats(device: jax.Device) -> Mapping[str, int] | None:
+    """The allocator's statistics; None on devices that keep none (CPU)."""
+    stats: Mapping[str, int] | None = device.memory_stats()
+    return stats
 
 
 def rss_bytes() -> int | None:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from kvcycle import inband, internals
+from kvcycle import capacity, inband, internals
 from kvcycle.buffers import bytes_by_device
 from kvcycle.errors import ParamSetError
 from kvcycle.text import exact_bytes
@@ -59,6 +59,7 @@ class ParamSet:
             lambda leaves: [apply(leaf) for leaf in leaves], out_shardings=[leaf.sharding for leaf in source]
         )
         try:
+            capacity.claim(bytes_by_device(source))
             leaves = jax.block_until_ready(make(list(source)))
         except jax.errors.JaxRuntimeError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -127,7 +128,8 @@ def swap(engine: Any, params: ParamSet) -> ParamSet:
     """Let the engine run on ``params`` from now on; returns the set it ran on before.
 
     Runs between two iterations of the scheduler when idle, and flushes the prefix cache: keys and values computed
-    with other weights would be stale. Compiles nothing if the shardings are the engine's.
+    with other weights would be stale. Compiles nothing if the shardings are the engine's. Works also while the KV cache
+    is dropped, which is when a training step has new weights to give.
 
     Raises:
         ParamSetError: a leaf differs in number, shape, dtype or sharding; nothing was changed.
@@ -150,7 +152,8 @@ def swapped(engine: Any, params: ParamSet) -> Iterator[ParamSet]:
 def _swap(channel: inband.Channel, params: ParamSet) -> ParamSet:
     before = ParamSet.of(channel.engine)
     _check_same_layout(before, params)
-    internals.flush(channel.scheduler)
+    if not channel.held:  # while the KV cache is dropped the prefix cache is empty already
+        internals.flush(channel.scheduler)
     internals.set_weights(channel.engine, params.leaves)
     return before
 

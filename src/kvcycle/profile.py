@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from kvcycle import checkpoint
 from kvcycle.errors import ProfileError
@@ -70,6 +70,8 @@ class OnCPU(_Table):
     dummy_weights: bool = False
     #: False where the machine could not generate at this width: bytes are simulated, generation is left out.
     generate: bool = True
+    #: What each virtual device can hold, in bytes or as "30.75GiB"; None for as much as the host has.
+    limit_bytes: ByteSize | None = Field(default=None, gt=0)
 
 
 class CycleSpec(_Table):

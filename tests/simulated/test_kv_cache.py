@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import kvcycle
 from kvcycle import internals
 from kvcycle.buffers import BufferSpec, find_slots
-from kvcycle.errors import EngineBusyError, KVCacheDroppedError, KVCacheStateError, RebuildError
+from kvcycle.errors import KVCacheStateError, RebuildError
 from kvcycle.record import Generate
 from kvcycle.sizing import predict_kv
 
@@ -112,102 +112,12 @@ def test_of_two_threads_that_drop_at_once_one_wins(kv: kvcycle.KVCache) -> None:
     kv.rebuild()
 
 
-@pytest.mark.parametrize("entry", ["generate", "stream", "encode"])
-def test_a_request_while_dropped_fails_in_its_caller(
-    kv: kvcycle.KVCache, live_engine: Any, entry: str, generate: Callable[[], Generate], cold: Generate
-) -> None:
-    kv.drop()
-    calls: dict[str, Callable[[], Any]] = {
-        "generate": lambda: live_engine.generate(prompt="Hello"),
-        "stream": lambda: next(iter(live_engine.generate(prompt="Hello", stream=True))),
-        "encode": lambda: live_engine.encode(prompt="Hello"),
-    }
-    with pytest.raises(KVCacheDroppedError, match=r"its KV cache is dropped\. Call rebuild\(\)"):
-        calls[entry]()
-    kv.rebuild()
-    assert generate().token_ids == cold.token_ids
-
-
 def test_a_drop_right_after_a_generate_waits_for_the_pipeline(
     kv: kvcycle.KVCache, generate: Callable[[], Generate]
 ) -> None:
     generate()
     freed = kv.drop()
     assert freed.bytes == kv.bytes
-
-
-def test_a_busy_engine_refuses_with_counts_and_loses_nothing(
-    kv: kvcycle.KVCache, live_engine: Any, tiny: kvcycle.Profile, cold: Generate
-) -> None:
-    greedy = {"temperature": 0, "max_new_tokens": tiny.cycle.max_new_tokens, "ignore_eos": True}
-    undisturbed = live_engine.generate(prompt=tiny.cycle.prompt, sampling_params=greedy)["text"]
-
-    async def stream_and_drop() -> tuple[str, EngineBusyError]:
-        stream = await live_engine.async_generate(prompt=tiny.cycle.prompt, sampling_params=greedy, stream=True)
-        first = await anext(stream)
-        assert first["meta_info"]["finish_reason"] is None
-        with pytest.raises(EngineBusyError) as refusal:
-            await asyncio.to_thread(kv.drop)
-        last = first
-        async for chunk in stream:
-            last = chunk
-        return last["text"], refusal.value
-
-    text, refusal = live_engine.loop.run_until_complete(stream_and_drop())
-    assert refusal.counts == {"waiting": 0, "running": 1}
-    assert str(refusal) == (
-        "The engine is busy: requests 1 running. Wait for the requests or abort them; drop(wait_s=…) waits for them."
-    )
-    assert kv.state == "resident"
-    assert text == undisturbed
-
-
-def test_a_drop_that_waits_lets_the_requests_finish(
-    kv: kvcycle.KVCache, live_engine: Any, tiny: kvcycle.Profile, cold: Generate
-) -> None:
-    async def generate_and_drop() -> tuple[Any, kvcycle.Freed]:
-        request = asyncio.ensure_future(
-            live_engine.async_generate(
-                prompt=tiny.cycle.prompt,
-                sampling_params={"temperature": 0, "max_new_tokens": tiny.cycle.max_new_tokens, "ignore_eos": True},
-                return_logprob=True,
-            )
-        )
-        while not any(internals.unfinished_requests(internals.scheduler_of(live_engine)).values()):
-            await asyncio.sleep(0.001)  # until the request has reached the scheduler
-        freed = await asyncio.to_thread(kv.drop, wait_s=60)
-        return await request, freed
-
-    answer, freed = live_engine.loop.run_until_complete(generate_and_drop())
-    assert freed.bytes == kv.bytes
-    assert tuple(entry[1] for entry in answer["meta_info"]["output_token_logprobs"]) == cold.token_ids
-
-
-def test_an_exception_in_the_block_rebuilds_and_is_kept(kv: kvcycle.KVCache) -> None:
-    with pytest.raises(KeyboardInterrupt), kv.released():
-        raise KeyboardInterrupt
-    assert kv.state == "resident"
-
-
-def test_a_rebuild_without_memory_stays_dropped_and_can_be_repeated(
-    kv: kvcycle.KVCache, live_engine: Any, monkeypatch: pytest.MonkeyPatch, generate: Callable[[], Generate]
-) -> None:
-    buffers = kv._buffers
-    kv.drop()
-    with monkeypatch.context() as patch:
-
-        def exhausted() -> list[jax.Array]:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate")
-
-        patch.setattr(buffers, "allocate", exhausted)
-        with pytest.raises(RebuildError, match="RESOURCE_EXHAUSTED") as failure:
-            kv.rebuild()
-    assert failure.value.needed_bytes_by_device == kv.bytes_by_device
-    assert "device 3: 32.00 MiB (33,556,480 B)" in str(failure.value)
-    assert "It stays dropped" in str(failure.value)
-    assert kv.state == "dropped"
-    kv.rebuild()
-    assert generate().compiles.any_work == 0
 
 
 def test_both_are_told_if_the_block_and_the_rebuild_fail(kv: kvcycle.KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,10 +128,8 @@ def test_both_are_told_if_the_block_and_the_rebuild_fail(kv: kvcycle.KVCache, mo
         patch.setattr(kv._buffers, "allocate", exhausted)
         with pytest.raises(RebuildError) as failure, kv.released():
             raise ValueError("the training step failed")
-    assert isinstance(failure.value.__cause__, jax.errors.JaxRuntimeError)
-    chain: list[BaseException] = []
-    error: BaseException | None = failure.value
-    while error is not None:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    assert any(isinstance(link, ValueError) for link in chain) or isinstance(failure.value.__context__, ValueError)
+    assert isinstance(failure.value.__cause__, ValueError)
+    told = "".join(traceback.format_exception(failure.value))
+    assert "ValueError: the training step failed" in told
+    assert "The KV cache could not be rebuilt: RESOURCE_EXHAUSTED. It needs device 0:" in told
+    assert kv.state == "dropped"
