@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python scripts/guard.py $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo replay test lint format constraints clean FORCE
+.PHONY: help demo replay faults test lint format constraints clean FORCE
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,9 @@ demo: $(STAMP) ## Run the hardware suite on the real engine, tiny model, virtual
 
 replay: $(STAMP) ## Run the cycle at full size (Qwen2.5-3B, dummy weights, 17 GiB) and compare with the reference
 	$(BIN)/python scripts/guard.py $(BIN)/kvcycle replay $(ARGS)
+
+faults: $(STAMP) ## Plant every fault into a live engine and see each caught by its check
+	$(BIN)/python scripts/guard.py $(BIN)/kvcycle faults $(ARGS)
 
 test: lint ## Lint, check types and run every test that needs no TPU
 	$(PYTEST) -m "not tpu" --junitxml=reports/tests/junit.xml $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: plan, replay a profile at full size, report and compare records, list the profiles."""
+"""The command line: plan, replay at full size, plant faults, report and compare records, list the profiles."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from kvcycle import reference
 from kvcycle.checks import judge, passed
 from kvcycle.errors import KVCycleError
+from kvcycle.faults.command import faults_command
 from kvcycle.plan.command import plan_command
 from kvcycle.profile import load_profile, parse_overrides, profile_names
 from kvcycle.record import Record
@@ -23,6 +24,7 @@ from kvcycle.report.folder import new_run_dir
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Validate that a KV cache's HBM can be lent.")
 
 app.command("plan")(plan_command)
+app.command("faults")(faults_command)
 
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="profile by name or path")]
 SetOption = Annotated[

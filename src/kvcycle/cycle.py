@@ -105,6 +105,17 @@ def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Gene
     )
 
 
+@contextmanager
+def _old_objects_at_rest() -> Iterator[None]:
+    """Let the garbage collector look at new objects only: each sample collects, and the old are a million."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class _Run:
     """The state of one run, and its Record so far."""
 
@@ -129,6 +140,10 @@ class _Run:
 
     def run(self) -> Record:
         """Everything, in order."""
+        with _old_objects_at_rest():
+            return self._run()
+
+    def _run(self) -> Record:
         self.progress("control: does every witness see an allocation of known size?")
         self.canaries = release_canaries(self._devices(), self.profile.cycle.canary_bytes, self._sample)
         for index in range(self.profile.cycle.cycles):

@@ -9,6 +9,7 @@ import platform as python_platform
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,7 @@ def _check_devices(platform: Platform, profile: Profile) -> None:
         )
 
 
+@cache
 def stack() -> Stack:
     """The versions of what runs here."""
     versions = {name: _version(name) for name in ("kvcycle", "jax", "jaxlib", "sglang-jax", "libtpu")}

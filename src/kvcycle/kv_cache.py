@@ -239,6 +239,12 @@ class _Buffers:
         self.expect("resident", "dropped already", "another caller dropped it first; one rebuild() serves both")
         internals.flush(self.channel.scheduler, keep_waiting=keep_waiting)
         arrays = [slot.get() for slot in self.slots]
+        gone = [slot.path for slot, array in zip(self.slots, arrays, strict=True) if array.is_deleted()]
+        if gone:
+            raise KVCacheStateError(
+                f"The KV cache cannot be dropped: {len(gone)} of its {len(arrays)} buffers are deleted already, first "
+                f"{gone[0]}. Something else than its KVCache deleted them; boot the engine anew."
+            )
         # A buffer in use by a pending computation would be freed later; a donated one has no bytes to sum.
         jax.block_until_ready(arrays)
         freed_by_device = bytes_by_device(arrays)

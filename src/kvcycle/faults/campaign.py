@@ -1,0 +1,197 @@
+"""Runs the faults on one live engine: each is planted, a cycle is run and judged, and the engine is mended."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from kvcycle import capacity, internals
+from kvcycle.checks import CHECKS, judge
+from kvcycle.cycle import generate_once, run_cycle
+from kvcycle.faults import borrowing, dropping, generating, rebuilding, witnesses
+from kvcycle.faults.catalogue import FAULTS, Fault, Run, Target
+from kvcycle.faults.witnesses import simulated_allocator
+from kvcycle.kv_cache import KVCache
+from kvcycle.profile import Profile
+from kvcycle.record import Generate, Outcome, Record, Verdict, When
+
+_GROUPS = [module.__name__.rpartition(".")[2] for module in (dropping, borrowing, rebuilding, generating, witnesses)]
+#: Every fault, in the order of the cycle: the modules that plant registered them when they were imported.
+CATALOGUE: tuple[Fault, ...] = tuple(sorted(FAULTS, key=lambda fault: _GROUPS.index(fault.group)))
+
+#: What a campaign takes from its clean run: each of them compiles the model's steps anew.
+_COMPILING: tuple[When, ...] = ("cold", "after_clear_caches")
+_GENERATING: tuple[Run, ...] = ("generate", "cold", "recompile")
+_RED: tuple[Outcome, ...] = ("fail", "inconclusive")
+_WORST: tuple[Outcome, ...] = ("fail", "inconclusive", "pass", "not-run")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one fault.
+
+    Attributes:
+        fault: the fault.
+        outcomes: the worst verdict of every check that gave one, by check id.
+        missed: checks that should have turned red and did not.
+        false_alarms: checks that turned red and should not have.
+        named: whether the message or a likely cause of a red verdict names the cause.
+        message: the first red verdict's message, of a check that should be red.
+        seconds: how long the run took.
+    """
+
+    fault: Fault
+    outcomes: dict[str, Outcome]
+    missed: tuple[str, ...]
+    false_alarms: tuple[str, ...]
+    named: bool
+    message: str
+    seconds: float
+
+    @property
+    def caught(self) -> bool:
+        """Every check that should turn red did, none else, and the cause was named."""
+        return self.named and not self.missed and not self.false_alarms
+
+
+class Campaign:
+    """The faults of the catalogue, on one engine that is left as it was found.
+
+    Args:
+        engine: a live engine that :func:`kvcycle.boot` brought up.
+        profile: its profile; the cycle is cut to what a fault needs.
+        cold: the engine's first generation, if it has been made already; the campaign makes it otherwise.
+        progress: called with a line of text whenever something begins that takes time.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        profile: Profile,
+        *,
+        cold: Generate | None = None,
+        progress: Callable[[str], None] = lambda _line: None,
+    ) -> None:
+        self.target = Target(engine, KVCache(engine))
+        self.progress = progress
+        self._cold = cold
+        # Short, and with a threshold that a busy machine does not reach by itself: the stall that is planted does.
+        self.profile = profile.model_copy(
+            update={
+                "cycle": profile.cycle.model_copy(
+                    update={"cycles": 1, "max_new_tokens": 8, "warm_generates": 1, "recompile_control": False}
+                ),
+                "thresholds": profile.thresholds.model_copy(update={"latency_factor_of_warm": 10.0}),
+            }
+        )
+
+    @cached_property
+    def controls(self) -> tuple[Generate, ...]:
+        """The cold generation and the one with cleared caches, made once: what most runs borrow."""
+        engine, profile = self.target.engine, self.profile
+        if self._cold is None:
+            self.progress("control: the first generation, which compiles the model's steps")
+            self._cold = generate_once(engine, profile, "cold", 0)
+        self.progress("control: jax's caches cleared, the steps compile again")
+        with self.target.kv.released():
+            jax.clear_caches()
+        return (self._cold, generate_once(engine, profile, "after_clear_caches", 0))
+
+    def red_without_a_fault(self, run: Run) -> list[Verdict]:
+        """The red verdicts of a run into which nothing is planted: there may be none, or a campaign proves nothing."""
+        with self._mended(run):
+            if run == "cold":
+                _ = self.controls
+                jax.clear_caches()
+            with simulated_allocator() if run == "allocator" else nullcontext():
+                return [v for v in judge(self._record(run)) if v.verdict in _RED]
+
+    def run(self, fault: Fault) -> Result:
+        """Plant the fault, run and judge, mend."""
+        began = time.perf_counter()
+        if fault.run in _GENERATING:
+            _ = self.controls  # before the fault is planted
+        with self._mended(fault.run):
+            if fault.run == "cold":
+                jax.clear_caches()
+            with fault.plant(self.target):
+                verdicts = judge(self._record(fault.run))
+        return _result(fault, verdicts, time.perf_counter() - began)
+
+    def _record(self, run: Run) -> Record:
+        changes: dict[str, Any] = {
+            "generate": run in _GENERATING,
+            "cycles": 2 if run == "cycles" else 1,
+            "recompile_control": run == "recompile",
+        }
+        profile = self.profile.model_copy(update={"cycle": self.profile.cycle.model_copy(update=changes)})
+        controls = self.controls if profile.cycle.generate else ()
+        record = run_cycle(self.target.engine, profile)
+        if not profile.cycle.generate:
+            return record
+        own: tuple[When, ...] = ("cold",) if run == "cold" else ("after_clear_caches",) if run == "recompile" else ()
+        borrowed = [g for g in controls if g.when not in own]
+        kept = [g for g in record.generates if g.when in own or g.when not in _COMPILING]
+        # As the profile that was run says it: the control was made, if not in this run.
+        told = self.profile.model_copy(update={"cycle": profile.cycle.model_copy(update={"recompile_control": True})})
+        return record.model_copy(update={"generates": tuple(borrowed + kept), "profile": told.model_dump(mode="json")})
+
+    @contextmanager
+    def _mended(self, run: Run) -> Iterator[None]:
+        """Leave the engine as it was: buffers of the first layout, the first weights, everything compiled."""
+        kv, engine = self.target.kv, self.target.engine
+        weights = self.target.weights
+        try:
+            yield
+        finally:
+            capacity.simulate(None)
+            if any(now is not then for now, then in zip(self.target.weights, weights, strict=True)):
+                internals.set_weights(engine, weights)
+            kv._channel.call(self._rebuild_whatever_there_is, at="idle")
+            gc.collect()
+            if run in _GENERATING:
+                generate_once(engine, self.profile, "warm", 0)  # compiles again what the fault made jax forget
+                kv.flush()
+
+    def _rebuild_whatever_there_is(self) -> None:
+        """On the scheduler's thread: a drop would ask for whole buffers, which a fault may not have left."""
+        for array in self.target.arrays:
+            if not array.is_deleted():
+                array.delete()
+        self.target.buffers.state = "dropped"
+        self.target.buffers.rebuild()
+
+
+def _result(fault: Fault, verdicts: list[Verdict], seconds: float) -> Result:
+    outcomes = {check: worst(v.verdict for v in verdicts if v.id == check) for check in {v.id for v in verdicts}}
+    red = {check for check, outcome in outcomes.items() if outcome in _RED}
+    told = [v for v in verdicts if v.id in fault.red and v.verdict in _RED]
+    named = [v for v in told if any(fault.says in text for text in (v.message, *v.causes))]
+    return Result(
+        fault=fault,
+        outcomes=outcomes,
+        missed=tuple(sorted(fault.red - red)),
+        false_alarms=tuple(sorted(red - fault.red - fault.also)),
+        named=bool(named),
+        message=(named or told)[0].message if told else "",
+        seconds=seconds,
+    )
+
+
+def worst(outcomes: Iterable[Outcome]) -> Outcome:
+    """The worst of some outcomes."""
+    found = set(outcomes)
+    return next(outcome for outcome in _WORST if outcome in found)
+
+
+def uncovered(results: Iterable[Result]) -> list[str]:
+    """The checks that no caught fault turned red: nothing shows that they can be."""
+    covered = {check for result in results if result.caught for check in result.fault.red}
+    return [check for check in CHECKS if check not in covered]
