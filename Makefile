@@ -1,8 +1,9 @@
 # The suite's commands. STACK=… selects another file of constraints/, with a virtual environment of its own;
-# PYTHON=… the interpreter that a new environment is made with; ARGS=… goes to pytest as it is.
+# PYTHON=… the interpreter that a new environment is made with; ARGS=… goes to pytest (or to kvcycle) as it is.
 DEFAULT_STACK := sglang-jax-0.1.0rc0
 STACK ?= $(DEFAULT_STACK)
 ARGS ?=
+CYCLES ?= 1000
 
 VENV := $(if $(filter $(DEFAULT_STACK),$(STACK)),.venv,.venv-$(STACK))
 PINS := constraints/$(STACK).txt
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python scripts/guard.py $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo replay test lint format constraints clean FORCE
+.PHONY: help demo replay soak test lint format constraints clean FORCE
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +25,10 @@ demo: $(STAMP) ## Run the hardware suite on the real engine, tiny model, virtual
 
 replay: $(STAMP) ## Run the cycle at full size (Qwen2.5-3B, dummy weights, 17 GiB) and compare with the reference
 	$(BIN)/python scripts/guard.py $(BIN)/kvcycle replay $(ARGS)
+
+# A short context, since on CPU each step of the native attention goes through all of it: half the time of a cycle.
+soak: $(STAMP) ## Run CYCLES=1000 cycles on one engine (tiny model, virtual CPU devices): nothing may grow or compile
+	$(BIN)/python scripts/guard.py $(BIN)/kvcycle soak --cycles $(CYCLES) --set engine.context_length=512 $(ARGS)
 
 test: lint ## Lint, check types and run every test that needs no TPU
 	$(PYTEST) -m "not tpu" --junitxml=reports/tests/junit.xml $(ARGS)

@@ -16,11 +16,12 @@ from kvcycle.checks.soak import rss_medians
 from kvcycle.checks.verdicts import tolerance_bytes
 from kvcycle.record import OUTCOMES, Record, Soak, Verdict
 from kvcycle.report.soak import compilations, growth_of, growth_sum
-from kvcycle.text import exact_bytes, signed_bytes
+from kvcycle.text import signed_bytes
 
 _MIB = 2**20
 #: Told apart also by those who see few colours (Okabe and Ito), and by dashes where lines lie on each other.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_FLAT_BYTES = 8
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
 
@@ -59,7 +60,7 @@ def _figures(record: Record, soak: Soak) -> list[tuple[str, str]]:
         ("Seconds a cycle, median", f"{statistics.median(p.seconds for p in soak.points):.3f}" if soak.points else "–"),
     ]
     if (ends := rss_medians(_rss(soak))) is not None:
-        figures.append(("Resident memory, second and last tenth", f"{exact_bytes(ends[0])} → {exact_bytes(ends[1])}"))
+        figures.append(("Resident memory, growth of medians", signed_bytes(ends[1] - ends[0])))
     return figures
 
 
@@ -78,7 +79,7 @@ def _curves(record: Record, soak: Soak) -> Any:
     from plotly.subplots import make_subplots
 
     rss = _rss(soak)
-    titles = ["Ledger: growth by device since before the first drop (bytes)", "Seconds a cycle"]
+    titles = ["Ledger: growth since before the first drop (bytes)", "Seconds a cycle"]
     if rss:
         titles.insert(1, "Resident memory of the process (MiB)")
     figure: Figure = make_subplots(
@@ -99,8 +100,10 @@ def _curves(record: Record, soak: Soak) -> Any:
     growth = {device.id: growth_of(soak, device.id) for device in record.devices}
     for index, (device_id, values) in enumerate(growth.items()):
         draw(1, f"device {device_id}", values, index, width=2, legend=True)
-    if not any(any(values) for values in growth.values()):
-        figure.update_yaxes(range=[-8, 8], row=1, col=1)  # a flat line at 0, not noise blown up
+    extremes = [extreme(values) for values in growth.values() if values for extreme in (min, max)]
+    # The few bytes of the last batch look like what they are: never less than 16 bytes from bottom to top.
+    low, high = min([-_FLAT_BYTES, *extremes]), max([_FLAT_BYTES, *extremes])
+    figure.update_yaxes(range=[low - (high - low) * 0.05, high + (high - low) * 0.05], row=1, col=1)
     if rss:
         draw(2, "resident memory", [size / _MIB for size in rss], 0, legend=False)
         if (ends := rss_medians(rss)) is not None:
@@ -115,6 +118,6 @@ def _curves(record: Record, soak: Soak) -> Any:
     figure.update_xaxes(title_text="cycle", row=len(titles), col=1)
     figure.update_layout(
         height=260 * len(titles), margin={"l": 70, "r": 20, "t": 40, "b": 50}, template="plotly_white",
-        legend={"orientation": "h", "y": 1.06, "x": 1, "xanchor": "right"}, hovermode="x unified",
+        legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0}, hovermode="x unified",
     )  # fmt: skip
     return figure
