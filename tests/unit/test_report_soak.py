@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from statistics import median_low
 
 import pytest
 from rich.console import Console
 
-from kvcycle.checks import judge
+from kvcycle.checks import SOAK_CHECKS, judge
 from kvcycle.record import Record
 from kvcycle.report import soak_page, terminal
-from kvcycle.report.soak import duration, progress_line, show, sparkline
+from kvcycle.report.soak import buckets, duration, progress_line, show, sparkline
 from kvcycle.soak_command import SoakProgress
 from tests.unit.records import RSS_BASE, good_record
 from tests.unit.soaks import edit_points, edit_soak, good_soak, hold, set_points, soak_of
@@ -24,7 +25,7 @@ WIDE = good_soak(1000, allocator=True)
 
 def shown(record: Record, width: int = 80) -> str:
     buffer = io.StringIO()
-    show(record, Console(file=buffer, width=width, highlight=False))
+    show(record, judge(record), Console(file=buffer, width=width, highlight=False))
     return buffer.getvalue()
 
 
@@ -54,6 +55,15 @@ def test_the_table_has_the_bytes_of_every_device_at_both_ends() -> None:
     assert cells(shown(WIDE), "device 3, allocator")[0] == "device 3, allocator, bytes"
 
 
+def test_each_check_has_a_line() -> None:
+    def outcomes(record: Record) -> list[list[str]]:
+        return [line.split() for line in shown(record).splitlines() if " soak." in line]
+
+    assert outcomes(GOOD) == [["pass", check] for check in SOAK_CHECKS]
+    assert outcomes(LEAK)[0] == ["fail", "soak.no_growth"]
+    assert ["pass", "soak.rss_is_bounded"] not in outcomes(WIDE)
+
+
 def test_the_small_plots_say_from_where_to_where() -> None:
     lines = shown(LEAK).splitlines()
     at = next(index for index, line in enumerate(lines) if "growth, all devices" in line)
@@ -81,14 +91,18 @@ def test_the_terminal_ends_with_the_soak_and_the_verdict() -> None:
 
 @pytest.mark.parametrize(
     ("values", "line"),
-    [([0, 0, 0], "▁▁▁"), ([0, 7], "▁█"), ([5], "▁"), (list(range(8)), "▁▂▃▄▅▆▇█"), ([*[0] * 999, 4], "▁" * 9 + "█")],
+    [([0, 0, 0], "▁▁▁"), ([0, 7], "▁█"), ([5], "▁"), (list(range(8)), "▁▂▃▄▅▆▇█"), ([-4, 0, -4], "▁█▁")],
 )
-def test_sparkline(values: list[float], line: str) -> None:
-    assert sparkline(values, width=10) == line
+def test_sparkline(values: list[int], line: str) -> None:
+    assert sparkline(values) == line
 
 
-def test_one_outlier_of_a_thousand_is_seen() -> None:
-    assert sparkline([*[0] * 500, 1, *[0] * 499], width=20).count("█") == 1
+def test_one_cycle_of_a_thousand_that_grew_is_seen_and_one_peak_of_resident_memory_is_not() -> None:
+    values = [*[0] * 500, 1, *[0] * 499]
+    assert buckets(values, max, 20) == [*[0] * 10, 1, *[0] * 9]
+    assert buckets(values, median_low, 20) == [0] * 20
+    assert buckets([3, 1, 2], max, 20) == [3, 1, 2]
+    assert buckets([], max) == []
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from kvcycle.checks.soak import growth_witnesses, in_use, rss_medians
-from kvcycle.record import Record, Soak
+from kvcycle.checks.soak import SOAK_CHECKS, growth_witnesses, in_use, rss_medians
+from kvcycle.record import Record, Soak, Verdict
 from kvcycle.text import exact_bytes, seconds
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -17,8 +18,8 @@ _BARS = "▁▂▃▄▅▆▇█"
 _PLOT_WIDTH = 56
 
 
-def show(record: Record, console: Console) -> None:
-    """Print the soak's table and small plots; nothing for a record without a soak. The verdicts are not printed."""
+def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
+    """Print the soak's table, small plots and each check's worst outcome; nothing for a record without a soak."""
     soak = record.soak
     if soak is None:
         return
@@ -26,9 +27,18 @@ def show(record: Record, console: Console) -> None:
         console.print(f"soak: none of its {soak.cycles:,} cycles was run")
         return
     console.print(_table(record, soak))
-    console.print(f"Every cycle from 1 to {len(soak.points):,}; each plot from its lowest to its highest:")
+    for check in SOAK_CHECKS:
+        found = Counter(verdict.verdict for verdict in verdicts if verdict.id == check)
+        if found:
+            worst = next(outcome for outcome in ("fail", "inconclusive", "not-run", "pass") if found[outcome])
+            console.print(f"{worst:>12}  {check}", style="" if worst == "pass" else "bold")
+    console.print(f"Cycles 1 to {len(soak.points):,}, from the lowest to the highest:")
     rss = [point.rss_bytes for point in soak.points if point.rss_bytes is not None]
-    plots = [("growth, all devices", growth_sum(record, soak)), ("resident memory", rss)]
+    # Of several cycles the highest growth, so that none is overlooked; of resident memory, which has peaks, the median.
+    plots = [
+        ("growth, all devices", buckets(growth_sum(record, soak), max)),
+        ("resident memory", buckets(rss, statistics.median_low)),
+    ]
     for name, values in plots:
         if values:
             low, high = min(values), max(values)
@@ -63,14 +73,18 @@ def compilations(soak: Soak) -> int:
     return sum(point.compiles.any_work + point.compiles.trace for point in soak.points)
 
 
-def sparkline(values: Sequence[float], width: int = _PLOT_WIDTH) -> str:
-    """One character for each value, or for the highest of several where there are more than ``width``."""
+def buckets(values: Sequence[int], of: Callable[[Sequence[int]], int], width: int = _PLOT_WIDTH) -> list[int]:
+    """The values, or where there are more than ``width``, one of each of ``width`` groups of neighbours."""
     count = min(width, len(values))
-    shown = [max(values[i * len(values) // count : (i + 1) * len(values) // count]) for i in range(count)]
-    low, high = min(shown), max(shown)
+    return [of(values[i * len(values) // count : (i + 1) * len(values) // count]) for i in range(count)]
+
+
+def sparkline(values: Sequence[int]) -> str:
+    """One character for each value, from the lowest of them to the highest."""
+    low, high = min(values), max(values)
     if high == low:
-        return _BARS[0] * count
-    return "".join(_BARS[round((value - low) / (high - low) * (len(_BARS) - 1))] for value in shown)
+        return _BARS[0] * len(values)
+    return "".join(_BARS[round((value - low) / (high - low) * (len(_BARS) - 1))] for value in values)
 
 
 def growth_of(soak: Soak, device_id: int) -> list[int]:

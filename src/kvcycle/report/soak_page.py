@@ -117,7 +117,7 @@ def _curves(record: Record, soak: Soak) -> Any:
     figure.update_yaxes(tickformat=",d", row=1, col=1)
     figure.update_xaxes(title_text="cycle", row=len(titles), col=1)
     figure.update_layout(
-        height=260 * len(titles), margin={"l": 70, "r": 20, "t": 40, "b": 50}, template="plotly_white",
-        legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0}, hovermode="x unified",
+        height=260 * len(titles), margin={"l": 70, "r": 20, "t": 70, "b": 50}, template="plotly_white",
+        legend={"orientation": "h", "y": 1.05, "yanchor": "bottom", "x": 0}, hovermode="x unified",
     )  # fmt: skip
     return figure

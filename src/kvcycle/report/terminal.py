@@ -57,7 +57,7 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
     console.print(_witness_line(record))
     if record.generates:
         console.print(_latency_table(record))
-    soak.show(record, console)
+    soak.show(record, verdicts, console)
     for verdict in verdicts:
         if verdict.verdict in ("fail", "inconclusive"):
             console.print(f"[{_STYLE[verdict.verdict]}]{verdict.verdict}[/] {verdict.id}: {escape(verdict.message)}")
