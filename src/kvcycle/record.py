@@ -208,6 +208,10 @@ class Generate(_Part):
     compiles: Compiles = Compiles()
 
 
+#: All of them are judged after each: more would make the judging slower than the cycles.
+MAX_SOAK_CYCLES = 10_000
+
+
 class SoakPoint(_Part):
     """One idle point of a soak: what was in use then, and what the cycle before it cost and answered.
 
@@ -239,8 +243,8 @@ class Soak(_Part):
 
     cycles: Count
     new_tokens: Count
-    before: tuple[SoakPoint, ...] = ()
-    points: tuple[SoakPoint, ...] = ()
+    before: tuple[SoakPoint, ...] = Field(default=(), max_length=1000)
+    points: tuple[SoakPoint, ...] = Field(default=(), max_length=MAX_SOAK_CYCLES)
 
 
 class Pool(_Part):
@@ -329,8 +333,8 @@ class Record(_Part):
     canaries: tuple[Canary, ...] = ()
     cycles: tuple[Cycle, ...] = ()
     generates: tuple[Generate, ...] = ()
-    soak: Soak | None = None
     checks: tuple[Verdict, ...] = ()
+    soak: Soak | None = None
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 

@@ -16,7 +16,7 @@ from kvcycle.checks import judge, passed
 from kvcycle.checks.soak import MIN_CYCLES, violation
 from kvcycle.errors import KVCycleError
 from kvcycle.profile import Platform, Profile, load_profile, parse_overrides
-from kvcycle.record import Record
+from kvcycle.record import MAX_SOAK_CYCLES, Record
 from kvcycle.report import soak_page, terminal
 from kvcycle.report.folder import new_run_dir
 from kvcycle.report.soak import growth_sum, progress_line
@@ -33,7 +33,9 @@ class _PlatformName(StrEnum):
 
 
 def soak_command(
-    cycles: Annotated[int, typer.Option("--cycles", "-n", min=MIN_CYCLES, help="how many cycles")] = 1000,
+    cycles: Annotated[
+        int, typer.Option("--cycles", "-n", min=MIN_CYCLES, max=MAX_SOAK_CYCLES, help="how many cycles")
+    ] = 1000,
     profile: Annotated[str, typer.Option("--profile", "-p", help="profile by name or path")] = "tiny",
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="set a profile key; repeatable")
