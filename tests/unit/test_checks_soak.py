@@ -230,6 +230,15 @@ def test_too_few_cycles_prove_nothing_and_violate_nothing(cycles: int) -> None:
     )
 
 
+def test_resident_memory_is_judged_from_the_shortest_soak_on() -> None:
+    def ended_after(cycles: int) -> Verdict:
+        return only(edit_soak(ON_CPU, points=soak_of(ON_CPU).points[:cycles]), "soak.rss_is_bounded", "run-rss")
+
+    assert ended_after(MIN_CYCLES).verdict == "pass"
+    too_short = ended_after(MIN_CYCLES - 1)
+    assert (too_short.verdict, too_short.message) == ("inconclusive", "run: the medians need 9 cycles, there are 8.")
+
+
 def test_a_soak_without_points_before_the_drop_proves_nothing() -> None:
     record = edit_soak(ON_CPU, before=soak_of(ON_CPU).before[:4])
     assert outcomes(record, "inconclusive") == {f"soak.no_growth[device{device}-ledger]" for device in range(4)}

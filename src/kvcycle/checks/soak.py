@@ -22,7 +22,7 @@ WINDOW = 5
 _MEDIAN_OF_AT_LEAST = 3
 
 #: The shortest soak that every check can say something about.
-MIN_CYCLES = 3 * _MEDIAN_OF_AT_LEAST + 1
+MIN_CYCLES = 3 * _MEDIAN_OF_AT_LEAST
 
 
 def no_growth(record: Record) -> Iterator[Verdict]:
@@ -214,8 +214,7 @@ def rss_is_bounded(record: Record) -> Iterator[Verdict]:
         return
     ends = rss_medians(sizes)
     if ends is None:
-        least = 3 * _MEDIAN_OF_AT_LEAST
-        yield unmeasured(check, "run", f"the medians need {least} cycles, there are {len(sizes)}", "rss")
+        yield unmeasured(check, "run", f"the medians need {MIN_CYCLES} cycles, there are {len(sizes)}", "rss")
         return
     first, last = ends
     allowed = tolerance_bytes(record, "rss", first)
