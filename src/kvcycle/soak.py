@@ -164,7 +164,7 @@ class _Loop:
             {"weights": internals.weight_leaves(self.engine), "kv": self.kv.arrays()}, devices=self.devices
         )
         owners: tuple[Owner, ...] = ("weights", "kv", "other")
-        different, off = _compared(self.warm, generated)
+        different, off = compared(self.warm, generated, self.new_tokens)
         span, self.span = self.span, compiles.Span()
         return SoakPoint(
             seconds=time.perf_counter() - started,
@@ -188,14 +188,18 @@ class _Loop:
             record.save(self.save_to)
 
 
-def _compared(warm: Generate | None, generated: Generate | None) -> tuple[int | None, float | None]:
-    """(token ids unlike the beginning of the warm generation's, largest difference of the log-probabilities)."""
+def compared(warm: Generate | None, generated: Generate | None, new_tokens: int) -> tuple[int | None, float | None]:
+    """How a cycle's generation differs from the beginning of the warm one, of which it should be ``new_tokens`` long.
+
+    Returns:
+        The number of token ids that differ, are missing or are too many, and the largest difference of the
+        log-probabilities; None where there is nothing to compare.
+    """
     if warm is None or generated is None:
         return None, None
-    length = len(generated.token_ids)
-    expected = warm.token_ids[:length]
-    different = sum(a != b for a, b in zip(expected, generated.token_ids, strict=False)) + length - len(expected)
-    pairs = zip(warm.logprobs[:length], generated.logprobs, strict=False)
+    expected, tokens = warm.token_ids[:new_tokens], generated.token_ids
+    different = sum(a != b for a, b in zip(expected, tokens, strict=False)) + abs(len(expected) - len(tokens))
+    pairs = zip(warm.logprobs[:new_tokens], generated.logprobs, strict=False)
     return different, max((abs(a - b) for a, b in pairs), default=None)
 
 
