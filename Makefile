@@ -1,8 +1,9 @@
 # The suite's commands. STACK=… selects another file of constraints/, with a virtual environment of its own;
-# PYTHON=… the interpreter that a new environment is made with; ARGS=… goes to pytest as it is.
+# PYTHON=… the interpreter that a new environment is made with; ARGS=… goes to pytest (or to kvcycle) as it is.
 DEFAULT_STACK := sglang-jax-0.1.0rc0
 STACK ?= $(DEFAULT_STACK)
 ARGS ?=
+CYCLES ?= 1000
 
 VENV := $(if $(filter $(DEFAULT_STACK),$(STACK)),.venv,.venv-$(STACK))
 PINS := constraints/$(STACK).txt
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python scripts/guard.py $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo replay faults test lint format constraints clean FORCE
+.PHONY: help demo replay faults soak test lint format constraints clean FORCE
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +28,9 @@ replay: $(STAMP) ## Run the cycle at full size (Qwen2.5-3B, dummy weights, 17 Gi
 
 faults: $(STAMP) ## Plant every fault into a live engine and see each caught by its check
 	$(BIN)/python scripts/guard.py $(BIN)/kvcycle faults $(ARGS)
+
+soak: $(STAMP) ## Run CYCLES=1000 cycles on one engine (tiny model, virtual CPU devices): nothing may grow or compile
+	$(BIN)/python scripts/guard.py $(BIN)/kvcycle soak --cycles $(CYCLES) $(ARGS)
 
 test: lint ## Lint, check types and run every test that needs no TPU
 	$(PYTEST) -m "not tpu" --junitxml=reports/tests/junit.xml $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: plan, replay at full size, plant faults, report and compare records, list the profiles."""
+"""The command line: plan, replay at full size, plant faults, soak, report and compare records, list the profiles."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from kvcycle.profile import load_profile, parse_overrides, profile_names
 from kvcycle.record import Record
 from kvcycle.report import side_by_side, terminal
 from kvcycle.report.folder import new_run_dir
+from kvcycle.soak_command import soak_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Validate that a KV cache's HBM can be lent.")
 
 app.command("plan")(plan_command)
 app.command("faults")(faults_command)
+app.command("soak")(soak_command)
 
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="profile by name or path")]
 SetOption = Annotated[

@@ -106,14 +106,19 @@ def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Gene
 
 
 @contextmanager
-def _old_objects_at_rest() -> Iterator[None]:
-    """Let the garbage collector look at new objects only: each sample collects, and the old are a million."""
+def few_objects_to_collect() -> Iterator[None]:
+    """Keep what lives already out of the garbage collections that every sample needs: they then take 1 ms, not 0.3 s.
+
+    What is left behind meanwhile is younger, and collected as before.
+    """
+    frozen_before = gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen_before:  # else not ours to thaw
+            gc.unfreeze()
 
 
 class _Run:
@@ -140,7 +145,7 @@ class _Run:
 
     def run(self) -> Record:
         """Everything, in order."""
-        with _old_objects_at_rest():
+        with few_objects_to_collect():
             return self._run()
 
     def _run(self) -> Record:

@@ -52,21 +52,7 @@ class ParamSet:
         Raises:
             ParamSetError: there is no room for it; nothing stays allocated.
         """
-        source = cls.of(engine).leaves
-        apply = transform or jnp.copy
-        # jit would hand an untouched argument through as the same buffer; copy() does not.
-        make = jax.jit(
-            lambda leaves: [apply(leaf) for leaf in leaves], out_shardings=[leaf.sharding for leaf in source]
-        )
-        try:
-            capacity.claim(bytes_by_device(source))
-            leaves = jax.block_until_ready(make(list(source)))
-        except jax.errors.JaxRuntimeError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ParamSetError(
-                f"A second parameter set of {exact_bytes(cls(source).bytes)} could not be allocated: {reason}"
-            ) from error
-        return cls(tuple(leaves))
+        return cls(ParamSetMaker(engine, transform)().leaves)
 
     @property
     def bytes_by_device(self) -> dict[int, int]:
@@ -89,6 +75,51 @@ class ParamSet:
             (shard.device.id, shard.data.unsafe_buffer_pointer()) for leaf in self.leaves
             for shard in leaf.addressable_shards
         ]  # fmt: skip
+
+
+class ParamSetMaker:
+    """Clones an engine's weights again and again by one executable, compiled when this is made: no clone compiles.
+
+    Args:
+        engine: whose weights are cloned, as they are at each call.
+        transform: applied to each leaf; a plain copy by default.
+
+    Raises:
+        ParamSetError: there is no room for a second set.
+    """
+
+    def __init__(self, engine: Any, transform: Transform | None = None) -> None:
+        self._engine = engine
+        source = ParamSet.of(engine)
+        # jit would hand an untouched argument through as the same buffer; copy() does not.
+        apply = transform or jnp.copy
+        make = jax.jit(
+            lambda leaves: [apply(leaf) for leaf in leaves], out_shardings=[leaf.sharding for leaf in source.leaves]
+        )
+        with _told_as_no_room(source):
+            self._make = make.lower(list(source.leaves)).compile()
+
+    def __call__(self) -> ParamSet:
+        """A second set in memory of its own.
+
+        Raises:
+            ParamSetError: there is no room for it; nothing stays allocated.
+        """
+        source = ParamSet.of(self._engine)
+        with _told_as_no_room(source):
+            capacity.claim(source.bytes_by_device)
+            return ParamSet(tuple(jax.block_until_ready(self._make(list(source.leaves)))))
+
+
+@contextmanager
+def _told_as_no_room(source: ParamSet) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ParamSetError(
+            f"A second parameter set of {exact_bytes(source.bytes)} could not be allocated: {reason}"
+        ) from error
 
 
 @dataclass(frozen=True)

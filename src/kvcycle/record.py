@@ -208,6 +208,45 @@ class Generate(_Part):
     compiles: Compiles = Compiles()
 
 
+#: All of them are judged after each: more would make the judging slower than the cycles.
+MAX_SOAK_CYCLES = 10_000
+
+
+class SoakPoint(_Part):
+    """One idle point of a soak: what was in use then, and what the cycle before it cost and answered.
+
+    ``by_owner`` is the ledger by owner and device, ``allocator_bytes`` the devices' own count, {} where they keep none.
+    ``different_tokens`` and ``logprobs_off`` compare the cycle's generation with the beginning of the warm one; None
+    where the profile leaves generation out.
+    """
+
+    seconds: Seconds
+    rss_bytes: Bytes | None = None
+    by_owner: dict[Owner, dict[int, Bytes]]
+    allocator_bytes: dict[int, Bytes] = Field(default_factory=dict)
+    compiles: Compiles = Compiles()
+    different_tokens: Count | None = None
+    logprobs_off: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    def ledger_bytes(self, device_id: int) -> int | None:
+        """The ledger on one device, all owners together; None if this point has no sample of it."""
+        held = [by_device[device_id] for by_device in self.by_owner.values() if device_id in by_device]
+        return sum(held) if held else None
+
+
+class Soak(_Part):
+    """Many cycles on one engine, with one sample at the idle point after each; see :mod:`kvcycle.soak`.
+
+    ``before`` are idle points before the first of these cycles, each after a generation, so that what the engine keeps
+    of its last batch is in them; ``points[n - 1]`` is the idle point after cycle n.
+    """
+
+    cycles: Count
+    new_tokens: Count
+    before: tuple[SoakPoint, ...] = Field(default=(), max_length=1000)
+    points: tuple[SoakPoint, ...] = Field(default=(), max_length=MAX_SOAK_CYCLES)
+
+
 class Pool(_Part):
     """One pool object of the engine and what it holds."""
 
@@ -295,6 +334,7 @@ class Record(_Part):
     cycles: tuple[Cycle, ...] = ()
     generates: tuple[Generate, ...] = ()
     checks: tuple[Verdict, ...] = ()
+    soak: Soak | None = None
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from kvcycle.checks import controls, generation, memory, rebuild
+from kvcycle.checks.soak import SOAK_CHECKS
 from kvcycle.record import Record, Verdict
 
 Check = Callable[[Record], Iterator[Verdict]]
 
-#: Every check by id, in the order of the cycle; the controls come last.
+#: Every check by id: in the order of the cycle, then the controls, then the soak's, silent on a record without one.
 CHECKS: dict[str, Check] = {
     "drop.frees_kv": memory.drop_frees_kv,
     "drop.deletes_every_buffer": memory.drop_deletes_every_buffer,
@@ -39,6 +40,7 @@ CHECKS: dict[str, Check] = {
     "controls.output_varies": controls.output_varies,
     "controls.output_follows_weights": controls.output_follows_weights,
     "controls.prefix_hit_is_seen": controls.prefix_hit_is_seen,
+    **SOAK_CHECKS,
 }
 
 
@@ -52,4 +54,4 @@ def passed(verdicts: list[Verdict]) -> bool:
     return bool(verdicts) and all(verdict.verdict in ("pass", "not-run") for verdict in verdicts)
 
 
-__all__ = ["CHECKS", "Check", "judge", "passed"]
+__all__ = ["CHECKS", "SOAK_CHECKS", "Check", "judge", "passed"]

@@ -16,6 +16,7 @@ from rich.table import Table
 from kvcycle.checks import passed
 from kvcycle.checks.generation import thresholds_s
 from kvcycle.record import OUTCOMES, Cycle, PhaseName, Record, Verdict, When
+from kvcycle.report import soak
 from kvcycle.text import exact_bytes, seconds
 
 #: The phases with an expected change, and the check that judges it.
@@ -56,6 +57,7 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
     console.print(_witness_line(record))
     if record.generates:
         console.print(_latency_table(record))
+    soak.show(record, verdicts, console)
     for verdict in verdicts:
         if verdict.verdict in ("fail", "inconclusive"):
             console.print(f"[{_STYLE[verdict.verdict]}]{verdict.verdict}[/] {verdict.id}: {escape(verdict.message)}")
