@@ -69,6 +69,8 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
         seconds = time.perf_counter() - started
         channel = inband.channel_of(engine)
         containment.surround(channel)
+        if chosen == "cpu":
+            internals.rest_when_idle(channel.scheduler)
     jax.block_until_ready(internals.weight_leaves(engine))
     evidence = Boot(seconds=seconds, before=before, after=memory.snapshot().devices, compiles=span.end())
     setattr(engine, _EVIDENCE, evidence)

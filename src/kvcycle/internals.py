@@ -13,6 +13,7 @@ Seen on sglang-jax 0.1.0rc0:
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -150,6 +151,20 @@ def flush(scheduler: Any, *, keep_waiting: bool = False) -> None:
             setattr(scheduler, name, queue)
     if not success:
         raise EngineBusyError(f"The engine refused to flush its cache: {reason}", unfinished_requests(scheduler))
+
+
+def rest_when_idle(scheduler: Any, seconds: float = 0.001) -> None:
+    """Let the idle loop rest between two looks: it otherwise spins, and takes a core and the interpreter's lock.
+
+    For virtual devices only, where a machine of few cores is everything: on an accelerator it would add latency.
+    """
+    on_idle = scheduler.on_idle
+
+    def rest() -> None:
+        on_idle()
+        time.sleep(seconds)
+
+    scheduler.on_idle = rest
 
 
 def refuse_requests(engine: Any, reason: Callable[[], Exception | None]) -> None:

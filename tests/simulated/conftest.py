@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 
 import kvcycle
-from kvcycle import internals
 from kvcycle.cycle import generate_once
 from kvcycle.profile import Profile
 from kvcycle.record import Generate
@@ -30,15 +28,6 @@ def tiny() -> Profile:
 def live_engine(tiny: Profile) -> Iterator[Any]:
     """A live engine; a test that drops its cache rebuilds it."""
     booted = kvcycle.boot(tiny, "cpu")
-    scheduler = internals.scheduler_of(booted.engine)
-    on_idle = scheduler.on_idle
-
-    def rest_when_idle() -> None:
-        # An idle scheduler spins and takes a core, from the suites that other tests run in processes of their own.
-        on_idle()
-        time.sleep(0.001)
-
-    scheduler.on_idle = rest_when_idle
     yield booted.engine
     booted.close()
 

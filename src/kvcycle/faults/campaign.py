@@ -14,21 +14,24 @@ import jax
 
 from kvcycle import capacity, internals
 from kvcycle.checks import CHECKS, judge
+from kvcycle.checks.soak import MIN_CYCLES
 from kvcycle.cycle import generate_once, run_cycle
-from kvcycle.faults import borrowing, dropping, generating, rebuilding, witnesses
+from kvcycle.faults import borrowing, dropping, generating, rebuilding, soaking, witnesses
 from kvcycle.faults.catalogue import FAULTS, Fault, Run, Target
 from kvcycle.faults.witnesses import simulated_allocator
 from kvcycle.kv_cache import KVCache
 from kvcycle.profile import Profile
 from kvcycle.record import Generate, Outcome, Record, Verdict, When
+from kvcycle.soak import soak_on
 
-_GROUPS = [module.__name__.rpartition(".")[2] for module in (dropping, borrowing, rebuilding, generating, witnesses)]
+_MODULES = (dropping, borrowing, rebuilding, generating, witnesses, soaking)
+_GROUPS = [module.__name__.rpartition(".")[2] for module in _MODULES]
 #: Every fault, in the order of the cycle: the modules that plant registered them when they were imported.
 CATALOGUE: tuple[Fault, ...] = tuple(sorted(FAULTS, key=lambda fault: _GROUPS.index(fault.group)))
 
 #: What a campaign takes from its clean run: each of them compiles the model's steps anew.
 _COMPILING: tuple[When, ...] = ("cold", "after_clear_caches")
-_GENERATING: tuple[Run, ...] = ("generate", "cold", "recompile")
+_GENERATING: tuple[Run, ...] = ("generate", "cold", "recompile", "soak")
 _RED: tuple[Outcome, ...] = ("fail", "inconclusive")
 _WORST: tuple[Outcome, ...] = ("fail", "inconclusive", "pass", "not-run")
 
@@ -113,11 +116,16 @@ class Campaign:
             with simulated_allocator() if run == "allocator" else nullcontext():
                 return [v for v in judge(self._record(run)) if v.verdict in _RED]
 
+    @cached_property
+    def clean(self) -> Record:
+        """A clean cycle with generation: what a soak goes on from."""
+        return self._record("generate")
+
     def run(self, fault: Fault) -> Result:
         """Plant the fault, run and judge, mend."""
         began = time.perf_counter()
-        if fault.run in _GENERATING:
-            _ = self.controls  # before the fault is planted
+        if fault.run in _GENERATING:  # before the fault is planted
+            _ = self.clean if fault.run == "soak" else self.controls
         with self._mended(fault.run):
             if fault.run == "cold":
                 jax.clear_caches()
@@ -126,6 +134,8 @@ class Campaign:
         return _result(fault, verdicts, time.perf_counter() - began)
 
     def _record(self, run: Run) -> Record:
+        if run == "soak":
+            return soak_on(self.target.engine, self.profile, self.clean, MIN_CYCLES)
         changes: dict[str, Any] = {
             "generate": run in _GENERATING,
             "cycles": 2 if run == "cycles" else 1,

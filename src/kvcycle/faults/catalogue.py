@@ -17,8 +17,8 @@ from kvcycle.kv_cache import KVCache
 #: How a fault is run. "bytes": without generation. "cycles": two of them, without generation. "allocator": without
 #: generation, on devices whose allocator keeps statistics (simulated). "generate": with generation, the cold one and
 #: the recompile control taken from the clean run. "cold": with a cold generation of its own. "recompile": with a
-#: recompile control of its own.
-Run = Literal["bytes", "cycles", "allocator", "generate", "cold", "recompile"]
+#: recompile control of its own. "soak": the shortest soak, after a clean cycle.
+Run = Literal["bytes", "cycles", "allocator", "generate", "cold", "recompile", "soak"]
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,12 @@ def one_log_probability_changes(target: Target) -> Iterator[None]:
         yield
 
 
-@fault(_STALE, run="generate", also=(_OUTPUT, "swap.shares_buffers", "controls.output_follows_weights"), says="stale")
+@fault(
+    _STALE,
+    run="generate",
+    also=(_OUTPUT, "swap.shares_buffers", "controls.output_follows_weights"),
+    says="the drop did not flush the prefix cache",
+)
 def the_prefix_cache_survives_the_drop(target: Target) -> Iterator[None]:
     """Nobody flushes the prefix cache: its keys and values are zeros after the rebuild."""
     with mock.patch.object(internals, "flush", lambda *_, **__: None):
