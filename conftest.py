@@ -1,8 +1,9 @@
-"""The suite's plugins: options, the engine booted once a session, the record and its verdicts, the reports."""
+"""The suite's plugins: options, the engine booted once a session, the record, its verdicts, the reports, the end."""
 
 pytest_plugins = [
     "fixtures.options",
     "fixtures.suite",
     "fixtures.scopes",
     "fixtures.reporting",
+    "fixtures.ending",
 ]

@@ -53,7 +53,9 @@ def run(command: list[str]) -> int:
     code = child.wait()
 
     if code < 0:
-        say(f"{command[0]} was killed by {signal.Signals(-code).name}; what it had reported by then is in reports/.")
+        killer = signal.Signals(-code).name
+        say(f"{command[0]} was killed by {killer}; what it had reported by then is in reports/.")
+        say("Of a run of the suite, 'kvcycle report --recover' makes the JUnit file.")
         return 128 - code
     return code or (128 + signal.SIGQUIT if crashed else 0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from kvcycle import reference
@@ -77,14 +78,41 @@ def replay(
 
 
 @app.command()
-def report(record: Annotated[Path, typer.Argument(help="a record.json of any run")]) -> None:
-    """Judge a record again and print it; exit code 1 if it does not pass."""
+def report(
+    path: Annotated[
+        Path | None, typer.Argument(help="a record.json of any run; with --recover the run's folder")
+    ] = None,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="make the JUnit file of a run that was killed (reports/latest)")
+    ] = False,
+) -> None:
+    """Judge a record again and print it; exit code 1 if it does not pass, and always for a run that was killed."""
+    console = terminal.console()
     with sentences():
-        loaded = Record.load(record)
+        if recover:
+            _show_recovered(path or Path("reports/latest"), console)
+            raise typer.Exit(1)
+        if path is None:
+            raise KVCycleError("Name the record.json to judge, or --recover [RUN_DIR] for a run that was killed.")
+        loaded = Record.load(path)
     verdicts = judge(loaded)
-    terminal.show(loaded, verdicts, terminal.console())
+    terminal.show(loaded, verdicts, console)
     if not passed(verdicts):
         raise typer.Exit(1)
+
+
+def _show_recovered(run_dir: Path, console: Console) -> None:
+    from kvcycle.report.recover import last_phase, recover
+
+    recovered = recover(run_dir)
+    if recovered.record is not None:
+        terminal.show(recovered.record, recovered.record.checks, console)
+    if recovered.record_error is not None:
+        console.print(recovered.record_error, markup=False, soft_wrap=True)
+    where = f"while {recovered.running} ran" if recovered.running else "after its last test, before its reports"
+    numbers = ", ".join(f"{count} {outcome}" for outcome, count in sorted(recovered.outcomes.items()))
+    console.print(f"The run was killed {where}. {last_phase(recovered.record)}", markup=False, soft_wrap=True)
+    console.print(f"Recovered {recovered.junit}: {numbers}.", markup=False, soft_wrap=True)
 
 
 @app.command()

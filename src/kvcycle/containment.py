@@ -1,34 +1,54 @@
 """Keeps a crash of the engine from taking the process, its parent and the report with it.
 
-At any exception in the scheduler's loop, the forward thread or at boot, sglang-jax (seen on 0.1.0rc0) sends SIGQUIT to
-its own process or to its parent (make, the shell, the CI runner) and kills its whole tree. Here the crash becomes an
-error in the caller instead, with the engine's own last words. What is replaced, all while :func:`contained` is active
-or on the objects of one engine:
+At any exception in the scheduler's loop, the forward thread or at boot, sglang-jax sends SIGQUIT to its own process or
+to its parent (make, the shell, the CI runner) and kills its whole tree. Here the crash becomes an error in the caller
+instead, with the engine's own last words. Nothing else of sglang-jax is replaced than what is named here, and each part
+is given back where it outlives the engine. Seen on sglang-jax 0.1.0rc0:
 
-- ``entrypoints.engine._set_envs_and_config`` during the boot, since it installs the SIGQUIT handler that kills;
-- ``parent_process`` of the scheduler and of the overlap worker, the addressee of their SIGQUIT;
-- ``kill_process_tree`` in ``tokenizer_manager``, called when the tokenizer's loop fails;
-- the loop's own SIGTERM and SIGQUIT handlers: with them a SIGTERM is swallowed while the loop is not running.
+- ``entrypoints.engine._set_envs_and_config``, during the boot: it installs the SIGQUIT handler that kills the tree, so
+  ours follows it at once;
+- ``parent_process`` of the scheduler (its watchdog), of the overlap worker (its forward thread) and of the worker
+  behind it (its expert thread): the addressee of their SIGQUIT. What the scheduler's loop and the detokenizer send goes
+  to this process, where our handler takes it;
+- ``managers.tokenizer_manager.kill_process_tree``, until the engine is closed: called when the tokenizer's loop fails;
+- the SIGTERM and SIGQUIT handlers of the engine's event loop: with them a SIGTERM is swallowed while the loop is not
+  running, and a SIGQUIT kills; SIGCHLD's, which reaps children that are not the engine's;
+- ``tokenizer_manager.generate_request`` of the engine: a request whose engine has died would wait for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
+import re
 import signal
-import threading
+import textwrap
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from kvcycle.deadline import deadline
 from kvcycle.errors import EngineBootError, EngineCrashedError
 from kvcycle.inband import Channel
 
 _SIGNALS = (signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD)
 #: Beginnings of the messages with which a part of the engine reports its own death.
-_DEATH_NOTES = ("Scheduler hit an exception", "ModelWorkerClient hit an exception", "TokenizerManager hit an exception")
+_DEATH_NOTES = (
+    "Scheduler hit an exception",
+    "ModelWorkerClient hit an exception",
+    "ModelWorker sync thread hit an exception",
+    "TokenizerManager hit an exception",
+    "DetokenizerManager hit an exception",
+    "Watchdog timeout",
+)
+#: A cause that goes on for longer is cut: an exception of XLA's may hold a whole computation.
+_CAUSE_CHARACTERS = 500
+_FRAME = re.compile(r'^\s+File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 
 
 class LastWords(logging.Handler):
@@ -45,17 +65,31 @@ class LastWords(logging.Handler):
         if record.levelno >= logging.ERROR:
             self._recent.append(message)
         if message.startswith(_DEATH_NOTES):
-            self._on_death(_last_line(message))
+            self._on_death(cause_in(message))
 
     @property
     def text(self) -> str:
-        """The latest error's last line: of a traceback, the exception itself."""
-        return _last_line(self._recent[-1]) if self._recent else "it left no message"
+        """The cause that the latest error names."""
+        return cause_in(self._recent[-1]) if self._recent else "it left no message"
 
 
-def _last_line(message: str) -> str:
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    return lines[-1] if lines else "an empty message"
+def cause_in(message: str) -> str:
+    """The exception at the end of a traceback, in one line, and the place that raised it; without jax's remarks.
+
+    A message without a traceback is its own cause.
+    """
+    lines = message.strip().splitlines()
+    starts = [index for index, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")]
+    place = ""
+    if starts:
+        last = lines[starts[-1] + 1 :]
+        frames = list(itertools.takewhile(lambda line: line[:1].isspace(), last))
+        if found := _FRAME.findall("\n".join(frames)):
+            file, line, function = found[-1]
+            place = f" ({Path(file).name}:{line}, in {function})"
+        lines = list(itertools.takewhile(lambda line: not line.startswith("----"), last[len(frames) :]))
+    text = " ".join(line.strip() for line in lines if line.strip())
+    return (textwrap.shorten(text, _CAUSE_CHARACTERS, placeholder=" …") or "an empty message") + place
 
 
 class Containment:
@@ -66,6 +100,7 @@ class Containment:
         self._channel: Channel | None = None
         self._wake: list[Callable[[], None]] = []
         self._handlers: dict[signal.Signals, Any] = {}
+        self._give_back: list[Callable[[], None]] = []
         self.last_words = LastWords(self.note_crash)
 
     def note_crash(self, cause: str) -> None:
@@ -84,7 +119,6 @@ class Containment:
         from sgl_jax.srt.entrypoints import engine as entrypoint
 
         original = entrypoint._set_envs_and_config
-        main = threading.current_thread() is threading.main_thread()
 
         def set_envs_and_config(*args: Any, **kwargs: Any) -> None:
             original(*args, **kwargs)
@@ -93,71 +127,72 @@ class Containment:
         self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         logging.getLogger("sgl_jax").addHandler(self.last_words)
         entrypoint._set_envs_and_config = set_envs_and_config
-        if main:
-            self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._boot_took_too_long(deadline_s))
-            signal.setitimer(signal.ITIMER_REAL, deadline_s)
         try:
-            yield
+            with deadline(deadline_s, lambda: self._boot_took_too_long(deadline_s)):
+                yield
         except EngineBootError:
             self.end()
             raise
         except Exception as error:
             self.end()
-            raise EngineBootError(
-                f"The engine did not boot: {type(error).__name__}: {_last_line(str(error))}"
-            ) from error
+            raise EngineBootError(f"The engine did not boot: {type(error).__name__}: {cause_in(str(error))}") from error
         except BaseException:
             self.end()
             raise
         finally:
             entrypoint._set_envs_and_config = original
             _keep_message_contexts()
-            if main:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                signal.signal(signal.SIGALRM, self._handlers.pop(signal.SIGALRM))
 
     def surround(self, channel: Channel) -> None:
         """Surround the engine that has booted: its death is noted, and told to whoever waits for an answer."""
         self._channel = channel
         engine, scheduler = channel.engine, channel.scheduler
-        scheduler.parent_process = _Addressee(self)
-        scheduler.tp_worker.parent_process = _Addressee(self)
+        worker = scheduler.tp_worker
+        for part in (scheduler, worker, getattr(worker, "worker", worker)):
+            part.parent_process = _Addressee(self)
         # Learn which thread is the scheduler's: a crash is logged before its SIGQUIT is sent, so whoever gives the
         # signal handlers back must see that thread end first.
         channel.call(lambda: None)
         manager = engine.tokenizer_manager
         from sgl_jax.srt.managers import tokenizer_manager as module
 
-        module.kill_process_tree = lambda *_args, **_kwargs: self.note_crash(self.last_words.text)
+        def note_instead_of_killing(*_args: Any, **_kwargs: Any) -> None:
+            self.note_crash(self.last_words.text)
+            raise asyncio.CancelledError  # ends the failed task before its sys.exit(), which would end the caller
+
+        self._give_back.append(partial(setattr, module, "kill_process_tree", module.kill_process_tree))
+        module.kill_process_tree = note_instead_of_killing
         # Created here rather than at the first request, so that the signal handlers it sets can be taken back.
         manager.auto_create_handle_loop()
         for number in (signal.SIGTERM, signal.SIGQUIT):
             engine.loop.remove_signal_handler(number)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        signal.signal(signal.SIGQUIT, lambda *_: self.note_crash(self.last_words.text))
+        signal.signal(signal.SIGQUIT, self._note_signal)
         self._fail_requests_at_crash(manager)
 
     def end(self) -> None:
         """Give the process its signal handlers back and stop listening."""
         logging.getLogger("sgl_jax").removeHandler(self.last_words)
+        while self._give_back:
+            self._give_back.pop()()
         for number, handler in self._handlers.items():
-            if number == signal.SIGQUIT and self.crash is not None:
-                continue  # one may still be on its way, and by default it kills
+            late = number == signal.SIGQUIT and self.crash is not None  # on its way still, and by default it kills
             with suppress(ValueError):  # not the main thread: then none was set either
-                signal.signal(number, handler)
+                signal.signal(number, _take_no_notice if late else handler)
 
     def _fail_boot(self, *_: Any) -> None:
-        raise EngineBootError(f"The engine did not boot. Its last words: {self.last_words.text}")
+        cause = self.crash or self.last_words.text
+        self.note_crash(cause)
+        raise EngineBootError(f"The engine did not boot. Its last words: {cause}")
 
-    def _boot_took_too_long(self, deadline_s: float) -> Callable[..., None]:
-        def fail(*_: Any) -> None:
-            raise EngineBootError(
-                f"The engine did not boot within {deadline_s:g} s (timeouts.boot_s). Its last words: "
-                f"{self.last_words.text}"
-            )
+    def _note_signal(self, *_: Any) -> None:
+        self.note_crash(f"SIGQUIT arrived, by which the engine reports a death; its last words: {self.last_words.text}")
 
-        return fail
+    def _boot_took_too_long(self, deadline_s: float) -> EngineBootError:
+        return EngineBootError(
+            f"The engine did not boot within {deadline_s:g} s (timeouts.boot_s). Its last words: {self.last_words.text}"
+        )
 
     def _fail_requests_at_crash(self, manager: Any) -> None:
         original = manager.generate_request
@@ -193,6 +228,10 @@ class Containment:
                 self._wake.remove(wake)
 
         manager.generate_request = generate_request
+
+
+def _take_no_notice(*_: Any) -> None:
+    """A handler, since an ignored signal would stay ignored in every child process."""
 
 
 _kept: list[Any] = []

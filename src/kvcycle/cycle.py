@@ -18,6 +18,7 @@ import jax
 from kvcycle import capacity, compiles, internals, memory
 from kvcycle.buffers import BufferSpec, find_slots
 from kvcycle.canary import release_canaries
+from kvcycle.deadline import step_deadline
 from kvcycle.engine import boot_evidence, stack
 from kvcycle.errors import ParamSetError
 from kvcycle.kv_cache import KVCache
@@ -72,14 +73,19 @@ def run_cycle(
         progress: called with one line of text whenever something begins that takes time.
 
     Raises:
-        KVCycleError: a step of the cycle could not be done; what was measured before it is in ``save_to``.
+        KVCycleError: a step of the cycle could not be done, or did not end within ``timeouts.step_s``; what was
+            measured before it is in ``save_to``.
     """
     return _Run(engine, profile, predicted, save_to, progress or (lambda _line: None)).run()
 
 
 def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Generate:
-    """One greedy generation of the profile's prompt, with the compiler watched meanwhile."""
-    with compiles.counting() as span:
+    """One greedy generation of the profile's prompt, with the compiler watched meanwhile.
+
+    Raises:
+        StepTimeoutError: it did not end within ``timeouts.step_s``.
+    """
+    with step_deadline(engine, profile, f"cycle {cycle}: generate {when}"), compiles.counting() as span:
         started = time.perf_counter()
         answer = engine.generate(
             prompt=profile.cycle.prompt,
@@ -150,7 +156,8 @@ class _Run:
 
     def _run(self) -> Record:
         self.progress("control: does every witness see an allocation of known size?")
-        self.canaries = release_canaries(self._devices(), self.profile.cycle.canary_bytes, self._sample)
+        with step_deadline(self.engine, self.profile, "the control of the witnesses"):
+            self.canaries = release_canaries(self._devices(), self.profile.cycle.canary_bytes, self._sample)
         for index in range(self.profile.cycle.cycles):
             self.cycle(index)
         if self.profile.cycle.generate and self.profile.cycle.recompile_control:
@@ -256,12 +263,14 @@ class _Run:
 
     def _swap_there_and_back(self, index: int, params2: ParamSet) -> None:
         """Run on the second set and on the first again: the output must follow the weights, without compiling."""
-        before = swap(self.engine, params2)
+        with step_deadline(self.engine, self.profile, f"cycle {index}: the swap to the second parameter set"):
+            before = swap(self.engine, params2)
         try:
             shared: Sharing = sharing(self.engine, params2)
             self._generate("with_params2", index)
         finally:
-            swap(self.engine, before)
+            with step_deadline(self.engine, self.profile, f"cycle {index}: the swap back to the first parameter set"):
+                swap(self.engine, before)
         self.swaps[index] = SwapInfo(
             leaves=shared.leaves,
             runner_shared=shared.runner_shared,
@@ -282,11 +291,9 @@ class _Run:
     def _control_for_recompilation(self) -> None:
         """Drop once more and clear jax's caches: the counter must see this compile, and the clock must feel it."""
         self.progress("control: drop, clear jax's caches, rebuild, generate (compiles again, on purpose)")
-        with self.kv.released():
+        with step_deadline(self.engine, self.profile, "the control for recompilation"), self.kv.released():
             jax.clear_caches()
-        self.generates.append(
-            generate_once(self.engine, self.profile, "after_clear_caches", self.profile.cycle.cycles - 1)
-        )
+        self._generate("after_clear_caches", self.profile.cycle.cycles - 1)
 
     @contextmanager
     def _phase(self, name: PhaseName) -> Iterator[Callable[[PhaseInfo], None]]:
@@ -295,7 +302,8 @@ class _Run:
         began = time.perf_counter()
         span = compiles.Span()
         info: list[PhaseInfo] = []
-        yield info.append
+        with step_deadline(self.engine, self.profile, f"cycle {index}: {name}"):
+            yield info.append
         ended = time.perf_counter()
         sample = self._sample()
         self.phases[-1].append(
@@ -310,9 +318,9 @@ class _Run:
                 info=info[0] if info else None,
             )
         )
+        self._save()  # first: what was said to be done is on disk
         took = seconds(ended - began)
         self.progress(f"cycle {index}: {name}: {exact_bytes(sample.ledger_bytes_sum)} in use, {took}")
-        self._save()
 
     def _sample(self) -> memory.MemorySnapshot:
         # Arrays in reference cycles live until a collection happens to come: the engine leaves some, of a few bytes.

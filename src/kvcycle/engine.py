@@ -7,14 +7,14 @@ import importlib.metadata
 import os
 import platform as python_platform
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from kvcycle import host_memory
 from kvcycle import platform as platforms
-from kvcycle.errors import EngineBusyError, KVCycleError, PlatformError, ProfileError
+from kvcycle.errors import KVCycleError, PlatformError, ProfileError
 from kvcycle.profile import Platform, Profile
 from kvcycle.record import Boot, Stack
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kvcycle.containment import Containment
 
 _EVIDENCE = "_kvcycle_boot"
+_STOP_S = 60.0
+_STOP_DEAD_S = 5.0
 
 
 def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
@@ -35,13 +37,15 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
         platform: ``"tpu"`` or ``"cpu"`` (virtual devices). By default the one that ``JAX_PLATFORMS`` names, else tpu.
 
     Raises:
-        ProfileError: the profile cannot run on the platform.
+        ProfileError: the profile cannot run on the platform; on CPU also: not in this machine's free memory.
         PlatformError: jax runs on another platform, or has too few devices.
         EngineBootError: the engine did not come up, with its last words.
     """
     chosen = platform or ("cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" else "tpu")
     profile.check_geometry(chosen)
     folder = profile.boot_folder(chosen)
+    if chosen == "cpu":
+        host_memory.check(profile)
     platforms.prepare(chosen, profile.devices_needed)
     _check_devices(chosen, profile)
 
@@ -60,18 +64,24 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
     with containment.booting(profile.timeouts.boot_s):
         from sgl_jax.srt.entrypoints.engine import Engine
 
-        engine = Engine(
-            model_path=str(folder or profile.model.path),
-            enable_single_process=True,
-            log_level="error",
-            **profile.engine_args(chosen),
-        )
+        # Made before it is booted: its shutdown(), which kills every child process of this one, must go from atexit
+        # also where the boot fails.
+        engine = Engine.__new__(Engine)
+        try:
+            engine.__init__(
+                model_path=str(folder or profile.model.path),
+                enable_single_process=True,
+                log_level="error",
+                **profile.engine_args(chosen),
+            )
+        finally:
+            atexit.unregister(engine.shutdown)
         seconds = time.perf_counter() - started
         channel = inband.channel_of(engine)
         containment.surround(channel)
         if chosen == "cpu":
             internals.rest_when_idle(channel.scheduler)
-    jax.block_until_ready(internals.weight_leaves(engine))
+        jax.block_until_ready(internals.weight_leaves(engine))
     evidence = Boot(seconds=seconds, before=before, after=memory.snapshot().devices, compiles=span.end())
     setattr(engine, _EVIDENCE, evidence)
     return BootedEngine(engine, containment)
@@ -96,7 +106,11 @@ class BootedEngine:
     def __post_init__(self) -> None:
         # Leaving the interpreter with the scheduler's thread alive ends in a segmentation fault.
         atexit.register(self.close)
-        atexit.unregister(self.engine.shutdown)
+
+    @property
+    def crash(self) -> str | None:
+        """What killed the engine; None while it lives."""
+        return self.containment.crash
 
     def __enter__(self) -> Any:
         return self.engine
@@ -106,10 +120,14 @@ class BootedEngine:
     ) -> None:
         self.close()
 
-    def close(self) -> None:
+    def close(self, stop_s: float | None = None) -> None:
         """Stop the engine's threads and free its device memory; the Engine cannot be used again.
 
         ``Engine.shutdown()`` is not called: it kills every child process of this one and stops no thread.
+
+        Args:
+            stop_s: how long its threads may take to end; see :attr:`stopped`. By default a minute, since a forward may
+                still run, and 5 s where the engine is dead.
         """
         if self.closed:
             return
@@ -117,15 +135,18 @@ class BootedEngine:
         from kvcycle import capacity, inband, internals
 
         channel = inband.channel_of(self.engine)
-        with suppress(EngineBusyError):  # it does not answer any more: see `stopped`
-            inband.stop_scheduler(channel)
-            self.stopped = True
-        for slot_array in _pool_arrays(self.engine):
-            slot_array.delete()
-        for leaf in internals.weight_leaves(self.engine):
-            leaf.delete()
+        if stop_s is None:
+            stop_s = _STOP_DEAD_S if channel.crash is not None else _STOP_S
+        self.stopped = inband.stop_scheduler(channel, timeout_s=stop_s)
+        if not self.stopped:  # what its threads may still use is left to them
+            self.containment.note_crash("its threads did not end when it was closed")
+        else:
+            for slot_array in _pool_arrays(self.engine):
+                slot_array.delete()
+            for leaf in internals.weight_leaves(self.engine):
+                leaf.delete()
+            self.engine.send_to_rpc.close()
         capacity.simulate(None)
-        self.engine.send_to_rpc.close()
         self.containment.end()
         atexit.unregister(self.close)
 

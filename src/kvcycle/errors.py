@@ -23,6 +23,10 @@ class EngineCrashedError(KVCycleError):
     """The engine's scheduler or forward thread died; the engine can only be closed."""
 
 
+class StepTimeoutError(EngineCrashedError):
+    """A step did not end by its deadline; whatever it waited for, the engine can only be closed."""
+
+
 class UnsupportedEngineError(KVCycleError):
     """The object is no in-process sglang-jax engine, or one whose parts kvcycle does not know."""
 
@@ -76,3 +80,7 @@ class ParamSetError(KVCycleError):
 
 class RecordError(KVCycleError):
     """A record file is not one, or not one that this version reads."""
+
+
+class RecoveryError(KVCycleError):
+    """A run's folder from which no JUnit file can be made, or none needs to be."""

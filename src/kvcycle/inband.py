@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -32,6 +32,9 @@ At = Literal["idle", "between", "now"]
 
 #: How often a waiting caller looks whether the engine has died meanwhile.
 _POLL_S = 0.25
+
+#: How long an interrupted caller waits for the end of what has begun; what takes longer may never end.
+_INTERRUPTED_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,15 @@ class Channel:
         if self.crash is not None:
             raise EngineCrashedError(f"The engine is dead and can only be closed: {self.crash}")
         pending = _Pending(function, at, wait_for_requests)
+        self.send(pending)
+        return cast(T, self._await(pending, timeout_s))
+
+    def send(self, pending: _Pending) -> None:
+        """Send the message to the scheduler's thread, and do not wait for an answer."""
         with self._send_lock:  # the socket is not thread-safe
             ticket = next(self._tickets)
             self._pending[ticket] = pending
             self.engine.send_to_rpc.send_pyobj(Call(ticket))
-        return cast(T, self._await(pending, timeout_s))
 
     def _await(self, pending: _Pending, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s
@@ -102,7 +109,7 @@ class Channel:
             except (KeyboardInterrupt, SystemExit):
                 # Either it never happens, or it has happened: the caller must not be left in between.
                 if not pending.future.cancel():
-                    wait([pending.future], timeout=timeout_s)
+                    wait([pending.future], timeout=_INTERRUPTED_S)
                 raise
             if self.crash is not None:
                 raise EngineCrashedError(f"The engine died while it was asked: {self.crash}")
@@ -205,25 +212,31 @@ def channel_of(engine: Any) -> Channel:
         return channel
 
 
-def stop_scheduler(channel: Channel, *, timeout_s: float = 30.0) -> None:
+def stop_scheduler(channel: Channel, *, timeout_s: float = 30.0) -> bool:
     """End the scheduler's thread, and under overlap the forward thread, so that leaving the process does not crash.
 
     The loop catches ``Exception``, so ``SystemExit`` from a message ends just this thread; ``Engine.shutdown()`` does
     not stop it, and an interpreter that ends under a running forward dies of a segmentation fault.
+
+    Returns:
+        Whether both threads have ended; one that waits for a device which does not answer cannot be ended.
     """
 
     def leave() -> None:
         raise SystemExit
 
+    deadline = time.monotonic() + timeout_s
+    threads = [channel.thread]
     with _quiet_exit():
-        with suppress(EngineCrashedError):  # it has ended by itself, or is about to
-            channel.call(leave, at="now", timeout_s=timeout_s)
-        if channel.thread is not None:
+        if channel.thread is not None and channel.thread.is_alive():
+            channel.send(_Pending(leave, at="now", wait_for_requests=False))
             channel.thread.join(timeout_s)
     worker = channel.scheduler.tp_worker
     if (queue := getattr(worker, "input_queue", None)) is not None:
         queue.put((None, None, None, None))  # what forward_thread_func_ takes for the end
-        worker.forward_thread.join(timeout_s)
+        worker.forward_thread.join(max(0.0, deadline - time.monotonic()))
+        threads.append(worker.forward_thread)
+    return not any(thread is None or thread.is_alive() for thread in threads)
 
 
 @contextmanager

@@ -111,6 +111,8 @@ class Timeouts(_Table):
     """Deadlines in seconds; what does not answer by then is an error that says what was waited for."""
 
     boot_s: float = Field(default=900.0, gt=0)
+    #: For every step of a cycle and every generation, the first one's compilation included.
+    step_s: float = Field(default=900.0, gt=0)
     drain_s: float = Field(default=60.0, gt=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,26 @@ with kvcycle.boot(profile, "cpu") as engine:
 print("left in order")
 """
 
+_LOOP_CRASH_SCRIPT = """
+import kvcycle
+from kvcycle import inband, internals
+from kvcycle.errors import EngineCrashedError
+from sgl_jax.srt.managers import tokenizer_manager
+
+kill = tokenizer_manager.kill_process_tree
+profile = kvcycle.load_profile("tiny", {{"engine.tp_size": 1, "engine.max_total_tokens": 1024}})
+with kvcycle.boot(profile, "cpu") as engine:
+    channel = inband.channel_of(engine)
+    channel.call(lambda: internals.pause(channel.scheduler))  # the request waits, and is not compiled for
+    channel.call(lambda: channel.scheduler.{socket}.send_pyobj("no message of the engine's"))
+    try:
+        engine.generate(prompt="Hello", sampling_params=dict(temperature=0, max_new_tokens=2))
+    except EngineCrashedError as error:
+        print("caught:", error)
+    print("replaced:", tokenizer_manager.kill_process_tree is not kill)
+print("given back:", tokenizer_manager.kill_process_tree is kill)
+"""
+
 
 @pytest.fixture
 def run_script(guarded: Run, tmp_path: Path) -> Run:
@@ -91,3 +112,12 @@ def test_a_crash_in_the_scheduler_becomes_an_error_in_the_caller(run_script: Run
     assert died in done.stdout or dead in done.stdout
     assert "drop: The engine is dead and can only be closed" in done.stdout
     assert "left in order" in done.stdout
+
+
+@pytest.mark.parametrize("socket", ["send_to_tokenizer", "send_to_detokenizer"])
+def test_a_crash_beside_the_scheduler_becomes_an_error_in_the_caller(run_script: Run, socket: str) -> None:
+    done = run_script(_LOOP_CRASH_SCRIPT.format(socket=socket))
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"caught: The engine (died while|is dead).*: ValueError: Invalid object: no message", done.stdout)
+    assert "replaced: True" in done.stdout
+    assert "given back: True" in done.stdout

@@ -47,6 +47,7 @@ def test_says_which_signal_killed_the_command(number: signal.Signals) -> None:
     result = guarded(f"import os; os.kill(os.getpid(), {int(number)})")
     assert result.returncode == 128 + number
     assert f"was killed by {number.name}; what it had reported by then is in reports/." in result.stderr
+    assert "Of a run of the suite, 'kvcycle report --recover' makes the JUnit file." in result.stderr
 
 
 def test_a_terminals_interrupt_reaches_the_command_which_ends_in_its_own_time() -> None:

@@ -233,6 +233,7 @@ def test_what_a_profile_does_not_say_is_strict() -> None:
         ("thresholds.latency_fraction_of_cold", 1),
         ("thresholds.min_distinct_tokens", 1),
         ("timeouts.boot_s", 0),
+        ("timeouts.step_s", 0),
         ("timeouts.drain_s", 0),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from kvcycle import reference, replay
+from kvcycle import host_memory, reference, replay
 from kvcycle.cli import app
 from kvcycle.errors import ProfileError
 from kvcycle.profile import load_profile
@@ -73,7 +73,8 @@ def test_the_shipped_profiles_have_a_reference_run_of_their_geometry(name: str) 
 
 def test_the_estimate_of_the_weights_is_close_to_what_the_reference_run_saw() -> None:
     profile = load_profile("qwen2.5-3b-v4-8")
-    needed = replay.needed_bytes(profile)
+    needed = host_memory.needed_bytes(profile)
+    assert needed is not None
     exact = 2 * 6_248_972_288 + 2_415_992_832 + 2 * 2**30
     assert abs(needed - exact) < 0.001 * exact
 
@@ -85,11 +86,22 @@ def test_too_little_memory_is_said_before_anything_boots(monkeypatch: pytest.Mon
         replay.replay(load_profile("qwen2.5-3b-v4-8"), tmp_path / "record.json", print)
 
 
-def test_a_profile_whose_size_nobody_can_compute_is_refused() -> None:
+def test_a_profile_whose_size_nobody_can_compute_is_refused(tmp_path: Path) -> None:
+    tiny = load_profile("tiny")
+    unsized = tiny.model_copy(update={"engine": tiny.engine.model_copy(update={"max_total_tokens": None})})
+    host_memory.check(unsized)  # a boot goes on: nobody knows that it is too large
     with pytest.raises(ProfileError, match=r"'tiny' cannot be replayed.*engine\.max_total_tokens"):
-        replay.needed_bytes(load_profile("tiny", {"engine.max_total_tokens": 4096}).model_copy(update={
-            "engine": load_profile("tiny").engine.model_copy(update={"max_total_tokens": None}),
-        }))  # fmt: skip
+        replay.replay(unsized, tmp_path / "record.json", print)
+
+
+def test_a_containers_limit_counts_where_it_is_less_than_what_the_machine_has_free(tmp_path: Path) -> None:
+    machine = host_memory.free_bytes(tmp_path)
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 300000\n")
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert host_memory.free_bytes(tmp_path) == 400_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory.free_bytes(tmp_path) >= 0.5 * machine
 
 
 def test_equal_records_have_no_differences() -> None:
