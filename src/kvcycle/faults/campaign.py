@@ -15,13 +15,13 @@ import jax
 from kvcycle import capacity, internals
 from kvcycle.checks import CHECKS, judge
 from kvcycle.checks.soak import MIN_CYCLES
-from kvcycle.cycle import generate_once, run_cycle
+from kvcycle.cycle import run_cycle
 from kvcycle.faults import borrowing, dropping, generating, rebuilding, soaking, witnesses
 from kvcycle.faults.catalogue import FAULTS, Fault, Run, Target
 from kvcycle.faults.witnesses import simulated_allocator
 from kvcycle.kv_cache import KVCache
 from kvcycle.profile import Profile
-from kvcycle.record import Generate, Outcome, Record, Verdict, When
+from kvcycle.record import Outcome, Record, Verdict, When
 from kvcycle.soak import soak_on
 
 _MODULES = (dropping, borrowing, rebuilding, generating, witnesses, soaking)
@@ -70,63 +70,40 @@ class Campaign:
     Args:
         engine: a live engine that :func:`kvcycle.boot` brought up.
         profile: its profile; the cycle is cut to what a fault needs.
-        cold: the engine's first generation, if it has been made already; the campaign makes it otherwise.
         progress: called with a line of text whenever something begins that takes time.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        profile: Profile,
-        *,
-        cold: Generate | None = None,
-        progress: Callable[[str], None] = lambda _line: None,
-    ) -> None:
+    def __init__(self, engine: Any, profile: Profile, progress: Callable[[str], None] = lambda _line: None) -> None:
         self.target = Target(engine, KVCache(engine))
         self.progress = progress
-        self._cold = cold
         # Short, and with a threshold that a busy machine does not reach by itself: the stall that is planted does.
         self.profile = profile.model_copy(
             update={
-                "cycle": profile.cycle.model_copy(
-                    update={"cycles": 1, "max_new_tokens": 8, "warm_generates": 1, "recompile_control": False}
-                ),
+                "cycle": profile.cycle.model_copy(update={"cycles": 1, "max_new_tokens": 8, "warm_generates": 1}),
                 "thresholds": profile.thresholds.model_copy(update={"latency_factor_of_warm": 10.0}),
             }
         )
 
     @cached_property
-    def controls(self) -> tuple[Generate, ...]:
-        """The cold generation and the one with cleared caches, made once: what most runs borrow."""
-        engine, profile = self.target.engine, self.profile
-        if self._cold is None:
-            self.progress("control: the first generation, which compiles the model's steps")
-            self._cold = generate_once(engine, profile, "cold", 0)
-        self.progress("control: jax's caches cleared, the steps compile again")
-        with self.target.kv.released():
-            jax.clear_caches()
-        return (self._cold, generate_once(engine, profile, "after_clear_caches", 0))
+    def clean(self) -> Record:
+        """One whole cycle without a fault, controls included: the faults borrow its cold and its recompiling one."""
+        self.progress("control: a whole cycle without a fault; the model's steps compile twice")
+        jax.clear_caches()
+        return run_cycle(self.target.engine, self.profile)
 
     def red_without_a_fault(self, run: Run) -> list[Verdict]:
         """The red verdicts of a run into which nothing is planted: there may be none, or a campaign proves nothing."""
-        with self._mended(run):
-            if run == "cold":
-                _ = self.controls
-                jax.clear_caches()
-            with simulated_allocator() if run == "allocator" else nullcontext():
-                return [v for v in judge(self._record(run)) if v.verdict in _RED]
-
-    @cached_property
-    def clean(self) -> Record:
-        """A clean cycle with generation: what a soak goes on from."""
-        return self._record("generate")
+        with self._mended(), simulated_allocator() if run == "allocator" else nullcontext():
+            # The whole cycle is the clean one of every run that generates.
+            record = self.clean if run in ("generate", "cold", "recompile") else self._record(run)
+        return [verdict for verdict in judge(record) if verdict.verdict in _RED]
 
     def run(self, fault: Fault) -> Result:
         """Plant the fault, run and judge, mend."""
+        if fault.run in _GENERATING:
+            _ = self.clean  # before the fault is planted
         began = time.perf_counter()
-        if fault.run in _GENERATING:  # before the fault is planted
-            _ = self.clean if fault.run == "soak" else self.controls
-        with self._mended(fault.run):
+        with self._mended():
             if fault.run == "cold":
                 jax.clear_caches()
             with fault.plant(self.target):
@@ -136,39 +113,29 @@ class Campaign:
     def _record(self, run: Run) -> Record:
         if run == "soak":
             return soak_on(self.target.engine, self.profile, self.clean, MIN_CYCLES)
-        changes: dict[str, Any] = {
-            "generate": run in _GENERATING,
-            "cycles": 2 if run == "cycles" else 1,
-            "recompile_control": run == "recompile",
-        }
-        profile = self.profile.model_copy(update={"cycle": self.profile.cycle.model_copy(update=changes)})
-        controls = self.controls if profile.cycle.generate else ()
-        record = run_cycle(self.target.engine, profile)
-        if not profile.cycle.generate:
+        generate = run in _GENERATING
+        changes = {"generate": generate, "cycles": 2 if run == "cycles" else 1, "recompile_control": run == "recompile"}
+        cycle = self.profile.cycle.model_copy(update=changes)
+        record = run_cycle(self.target.engine, self.profile.model_copy(update={"cycle": cycle}))
+        if not generate:
             return record
         own: tuple[When, ...] = ("cold",) if run == "cold" else ("after_clear_caches",) if run == "recompile" else ()
-        borrowed = [g for g in controls if g.when not in own]
-        kept = [g for g in record.generates if g.when in own or g.when not in _COMPILING]
-        # As the profile that was run says it: the control was made, if not in this run.
-        told = self.profile.model_copy(update={"cycle": profile.cycle.model_copy(update={"recompile_control": True})})
-        return record.model_copy(update={"generates": tuple(borrowed + kept), "profile": told.model_dump(mode="json")})
+        borrowed = [g for g in self.clean.generates if g.when in _COMPILING and g.when not in own]
+        made = [g for g in record.generates if g.when not in _COMPILING or g.when in own]
+        return record.model_copy(update={"generates": tuple(borrowed + made), "profile": self.clean.profile})
 
     @contextmanager
-    def _mended(self, run: Run) -> Iterator[None]:
-        """Leave the engine as it was: buffers of the first layout, the first weights, everything compiled."""
-        kv, engine = self.target.kv, self.target.engine
+    def _mended(self) -> Iterator[None]:
+        """Leave the engine as it was: buffers of the first layout, an empty prefix cache, the first weights."""
         weights = self.target.weights
         try:
             yield
         finally:
             capacity.simulate(None)
             if any(now is not then for now, then in zip(self.target.weights, weights, strict=True)):
-                internals.set_weights(engine, weights)
-            kv._channel.call(self._rebuild_whatever_there_is, at="idle")
+                internals.set_weights(self.target.engine, weights)
+            self.target.kv._channel.call(self._rebuild_whatever_there_is, at="idle")
             gc.collect()
-            if run in _GENERATING:
-                generate_once(engine, self.profile, "warm", 0)  # compiles again what the fault made jax forget
-                kv.flush()
 
     def _rebuild_whatever_there_is(self) -> None:
         """On the scheduler's thread: a drop would ask for whole buffers, which a fault may not have left."""
@@ -177,6 +144,7 @@ class Campaign:
                 array.delete()
         self.target.buffers.state = "dropped"
         self.target.buffers.rebuild()
+        internals.flush(self.target.buffers.channel.scheduler)
 
 
 def _result(fault: Fault, verdicts: list[Verdict], seconds: float) -> Result:

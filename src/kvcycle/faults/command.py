@@ -73,7 +73,7 @@ def faults_command(
             result = campaign.run(fault)
             results.append(result)
             told = ", ".join(sorted(fault.red)) if result.caught else why_not(result)
-            say(f"{number:2}/{len(chosen)} {'caught' if result.caught else 'NOT CAUGHT'}: {fault.what}: {told}")
+            say(f"{number:2}/{len(chosen)} {'caught' if result.caught else 'NOT CAUGHT'} {fault.id}: {told}")
             save(results, run_dir / "faults.json")  # after each, so that nothing is lost
     show_matrix(results, console)
     line, good = summary(results, whole=not only)
