@@ -34,7 +34,7 @@ from tests.unit.records import good_record
 
 GOOD = good_record(cycles=1, devices=2)
 
-sizes = st.integers(0, 2**63)
+sizes = st.integers(0, 2**60)
 counts = st.integers(0, 10**6)
 times = st.floats(0, 1e9)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -47,7 +47,7 @@ uses = st.builds(DeviceUse, id=counts, ledger_bytes=sizes, allocator_bytes=st.no
 
 @st.composite
 def phases(draw: st.DrawFn) -> Phase:
-    devices = tuple(draw(st.lists(uses, max_size=3)))
+    devices = tuple(draw(st.lists(uses, max_size=3, unique_by=lambda use: use.id)))
     return Phase(
         name=draw(st.sampled_from(PHASES)),
         t_s=draw(times),
@@ -81,14 +81,19 @@ generates = st.builds(
     when=whens,
     cycle=counts,
     seconds=times,
-    token_ids=st.lists(st.integers(), max_size=3).map(tuple),
-    logprobs=st.lists(finite, max_size=3).map(tuple),
+    token_ids=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3).map(tuple),
+    logprobs=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=3).map(tuple),
     cached_tokens=counts,
     compiles=compiles,
 )
 
 
-cycles = st.builds(Cycle, phases=st.lists(phases(), max_size=2).map(tuple))
+cycles = st.builds(
+    Cycle,
+    phases=st.lists(phases(), max_size=2, unique_by=lambda phase: phase.name).map(
+        lambda found: tuple(sorted(found, key=lambda phase: PHASES.index(phase.name)))
+    ),
+)
 
 
 @st.composite

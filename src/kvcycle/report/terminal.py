@@ -16,7 +16,7 @@ from rich.table import Table
 from kvcycle.checks import passed
 from kvcycle.checks.generation import thresholds_s
 from kvcycle.record import OUTCOMES, Cycle, PhaseName, Record, Verdict, When
-from kvcycle.text import exact_bytes, seconds
+from kvcycle.text import exact_bytes, printable, seconds
 
 #: The phases with an expected change, and the check that judges it.
 _JUDGED: dict[PhaseName, str] = {
@@ -39,8 +39,13 @@ _WHEN: tuple[tuple[When, str], ...] = (
 
 def console() -> Console:
     """A console for standard output: as wide as the terminal, or :data:`LOG_WIDTH` where there is none."""
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=LOG_WIDTH)
+    plain = Console(highlight=False, emoji=False)
+    return plain if plain.is_terminal else Console(highlight=False, emoji=False, width=LOG_WIDTH)
+
+
+def as_text(text: str) -> str:
+    """Text from a record as rich markup that shows it: no markup, no line break, nothing that a terminal obeys."""
+    return escape(printable(text))
 
 
 def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
@@ -58,12 +63,16 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
         console.print(_latency_table(record))
     for verdict in verdicts:
         if verdict.verdict in ("fail", "inconclusive"):
-            console.print(f"[{_STYLE[verdict.verdict]}]{verdict.verdict}[/] {verdict.id}: {escape(verdict.message)}")
+            console.print(
+                f"[{_STYLE[verdict.verdict]}]{verdict.verdict}[/] {as_text(verdict.id)}: {as_text(verdict.message)}"
+            )
             for cause in verdict.causes:
-                console.print(f"    likely: {escape(cause)}")
+                console.print(f"    likely: {as_text(cause)}")
     left_out = sorted({verdict.id for verdict in verdicts if verdict.verdict == "not-run"})
     if left_out:
-        console.print(f"[dim]not run: {', '.join(left_out)}: the profile leaves generation out. This is not a pass.[/]")
+        console.print(
+            f"[dim]not run: {as_text(', '.join(left_out))}: the profile leaves generation out. This is not a pass.[/]"
+        )
     console.print(verdict_line(record, verdicts), soft_wrap=True)
 
 
@@ -73,11 +82,11 @@ def verdict_line(record: Record, verdicts: Sequence[Verdict]) -> str:
     numbers = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
     good = passed(list(verdicts))
     kinds = ", ".join(sorted({device.kind for device in record.devices}))
-    name = escape(str(record.profile.get("name", "?")))
+    name = as_text(str(record.profile.get("name", "?")))
     return (
         f"[{'bold green' if good else 'bold red'}]{'PASSED' if good else 'FAILED'}[/] \\[{record.evidence}] {name} on "
-        f"{len(record.devices)} {escape(kinds)} devices, sglang-jax {escape(record.stack.sglang_jax)}, "
-        f"jax {escape(record.stack.jax)}: {numbers or 'nothing was judged'}"
+        f"{len(record.devices)} {as_text(kinds)} devices, sglang-jax {as_text(record.stack.sglang_jax)}, "
+        f"jax {as_text(record.stack.jax)}: {numbers or 'nothing was judged'}"
     )
 
 
@@ -147,7 +156,7 @@ def _witness_line(record: Record) -> str:
     kv = record.kv
     line = f"KV cache: {kv.buffers} buffers, {exact_bytes(kv.bytes)}"
     if kv.predicted_how:
-        line += escape(f"\n  predicted by {kv.predicted_by}: {kv.predicted_how}")
+        line += "\n  " + as_text(f"predicted by {kv.predicted_by}: {kv.predicted_how}")
     line += f"\nWitnesses: {', '.join(text for name, text in words.items() if name in speaks) or 'none'}"
     return line + (f"; silent here: {', '.join(silent)}" if silent else "")
 
