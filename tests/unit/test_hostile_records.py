@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from rich.text import Text
 from typer.testing import CliRunner
 
 from kvcycle import record_file
@@ -61,7 +60,7 @@ def refused(path: Path) -> str:
     result = CliRunner().invoke(app, ["report", str(path)])
     assert (result.exit_code, result.stdout) == (2, "")
     assert isinstance(result.exception, SystemExit)
-    assert result.stderr.endswith(".\n")
+    assert result.stderr.endswith((".\n", "?\n"))
     assert harmless(result.stderr)
     with_good = path.parent / "good.json"
     GOOD.save(with_good)
@@ -98,40 +97,38 @@ def test_a_file_cut_off_anywhere(path: Path) -> None:
         sentence = str(caught.value)
         assert sentence.startswith((f"{path} is not JSON (", f"The record {path} cannot be read: 'utf-8' codec can't"))
     path.write_bytes(data[:1000])
-    assert re.fullmatch(
-        rf"{path} is not JSON \(.* line \d+ column \d+ \(char \d+\)\); was the file cut off\?\.?",
-        refused_question(path),
-    )
-
-
-def refused_question(path: Path) -> str:
-    result = CliRunner().invoke(app, ["report", str(path)])
-    assert (result.exit_code, result.stdout) == (2, "")
-    return result.stderr.removesuffix("\n")
+    sentence = refused(path)
+    assert sentence.startswith(f"{path} is not JSON (")
+    assert sentence.endswith(" (char 999)); was the file cut off?")
 
 
 def nested(depth: int) -> str:
     return "[" * depth + "]" * depth
 
 
-FILES: list[tuple[str, bytes, str]] = [
-    ("binary", bytes(range(128, 256)), "The record {} cannot be read: 'utf-8' codec can't decode byte 0x80 in position 0: "
-     "invalid start byte."),
-    ("a number", b"12", "{} holds a JSON int, not a record."),
-    ("nested too deeply for any parser", nested(10**6).encode(), "{} holds JSON that is nested too deeply: it is not a record."),
-    ("as deep, inside a record", JSON.replace('"tiny"', nested(10**5), 1).encode(),
-     "{} holds JSON that is nested too deeply: it is not a record."),
-    ("deep, for the second parser", JSON.replace('"tiny"', nested(500), 1).encode(),
-     "{} is not a valid record: the whole: Invalid JSON: recursion limit exceeded at line 5 column 209 (1 in all)."),
-    ("a number of 5000 digits", JSON.replace('"tiny"', "9" * 5000, 1).encode(),
-     "{} holds a number of too many digits: it is not a record."),
-    ("half a surrogate", JSON.replace('"tiny"', '"\\ud800"', 1).encode(), "{} is not a valid record: the whole: Invalid JSON: "
-     "unexpected end of hex escape at line 5 column 17 (1 in all)."),
-    ("no schema", b"{}", "{} has no record schema, so it is not a record; this version of kvcycle reads 1."),
-]  # fmt: skip
+DEEP = "{} holds JSON that is nested too deeply: it is not a record."
+DEEP_FOR_PYDANTIC = "the whole: Invalid JSON: recursion limit exceeded at line 6 column 210 (1 in all)."
+HALF = "the whole: Invalid JSON: unexpected end of hex escape at line 6 column 18 (1 in all)."
+FILES = {
+    "binary": (
+        bytes(range(128, 256)),
+        "The record {} cannot be read: 'utf-8' codec can't decode byte 0x80 in position 0: invalid start byte.",
+    ),
+    "a number": (b"12", "{} holds a JSON int, not a record."),
+    "deep": (nested(10**6).encode(), DEEP),
+    "deep inside": (JSON.replace('"tiny"', nested(10**5), 1).encode(), DEEP),
+    "deep for pydantic": (
+        JSON.replace('"tiny"', nested(500), 1).encode(), "{} is not a valid record: " + DEEP_FOR_PYDANTIC
+    ),
+    "5000 digits": (
+        JSON.replace('"tiny"', "9" * 5000, 1).encode(), "{} holds a number of too many digits: it is not a record."
+    ),
+    "half a surrogate": (JSON.replace('"tiny"', '"\\ud800"', 1).encode(), "{} is not a valid record: " + HALF),
+    "no schema": (b"{}", "{} has no record schema, so it is not a record; this version of kvcycle reads 1."),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("data", "sentence"), [pytest.param(*entry[1:], id=entry[0]) for entry in FILES])
+@pytest.mark.parametrize(("data", "sentence"), FILES.values(), ids=FILES)
 def test_a_file_that_is_no_record(data: bytes, sentence: str, path: Path) -> None:
     path.write_bytes(data)
     assert refused(path) == sentence.format(path)
@@ -150,7 +147,7 @@ def test_a_file_that_is_no_record(data: bytes, sentence: str, path: Path) -> Non
 )
 def test_a_file_that_is_no_json(data: bytes, why: str, path: Path) -> None:
     path.write_bytes(data)
-    sentence = refused_question(path)
+    sentence = refused(path)
     assert sentence.startswith(f"{path} is not JSON ({why}")
     assert sentence.endswith("); was the file cut off?")
 
@@ -214,7 +211,9 @@ def test_a_file_that_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(record_file, "MAX_FILE_BYTES", size)
     assert Record.load(path) == GOOD
     monkeypatch.setattr(record_file, "MAX_FILE_BYTES", size - 1)
-    assert re.fullmatch(rf"{path} is larger than .* B\), the most that a record may have\.", refused(path))
+    sentence = refused_by_load(path)
+    assert sentence.startswith(f"{path} is larger than ")
+    assert sentence.endswith(f" ({size - 1:,} B), the most that a record may have.")
 
 
 def test_a_file_without_an_end() -> None:
@@ -271,81 +270,94 @@ def test_the_most_that_a_record_may_hold_is_judged(raw: dict[str, Any], path: Pa
 # Values that are none ------------------------------------------------------------------------------------------------
 
 INT64 = "Input should be less than or equal to 9223372036854775807"
+AGAIN = "Value error, device 0 is there more than once"
 VALUES = [
-    ("kv.bytes", -1, "kv.bytes: Input should be greater than or equal to 0"),
-    ("kv.bytes", 10**400, f"kv.bytes: {INT64}"),
-    ("kv.bytes", 2**63, f"kv.bytes: {INT64}"),
-    ("kv.bytes", 1.0, "kv.bytes: Input should be a valid integer"),
-    ("kv.bytes", True, "kv.bytes: Input should be a valid integer"),
-    ("kv.bytes", float("nan"), "kv.bytes: Input should be a valid integer"),
-    ("kv.bytes_by_device.0", -1, "kv.bytes_by_device.0: Input should be greater than or equal to 0"),
-    ("kv.claimed_bytes", 1e300, "kv.claimed_bytes: Input should be a valid integer"),
-    ("canaries.0.rise_bytes", 1.5, "canaries.0.rise_bytes: Input should be a valid integer"),
-    ("canaries.0.rise_bytes", "16777216", "canaries.0.rise_bytes: Input should be a valid integer"),
-    ("canaries.0.fall_bytes", -(2**63) - 1, "canaries.0.fall_bytes: Input should be greater than or equal to -9223372"),
-    ("generates.0.seconds", float("nan"), "generates.0.seconds: Input should be "),
-    ("generates.0.seconds", float("inf"), "generates.0.seconds: Input should be "),
-    ("generates.0.seconds", 1e300, "generates.0.seconds: Input should be less than or equal to 1000000000"),
-    ("generates.0.seconds", "17", "generates.0.seconds: Input should be a valid number"),
-    ("generates.0.token_ids.0", 1.0, "generates.0.token_ids.0: Input should be a valid integer"),
-    ("generates.0.token_ids.0", 10**400, f"generates.0.token_ids.0: {INT64}"),
-    ("generates.0.logprobs.0", 1e300, "generates.0.logprobs.0: Input should be less than or equal to 3.4028235e+38"),
-    ("generates.0.logprobs.0", float("nan"), "generates.0.logprobs.0: Input should be "),
-    ("checks", [{"id": "x", "scope": "run", "verdict": "pass", "message": "m", "expected": float("inf")}],
-     "checks.0.expected.float: Input should be a finite number"),
-    ("cycles.0.phases.5.info.layouts_before", {"x": 1}, "cycles.0.phases.5.info.rebuild.layouts_before.x: Input should be "
-     "an object"),
-    ("cycles.0.swap.leaves", "51", "cycles.0.swap.leaves: Input should be a valid integer"),
-    ("stack.jax", 1, "stack.jax: Input should be a valid string"),
-    ("profile", [], "profile: Input should be an object"),
-    ("devices.1.id", 0, "devices: Value error, device 0 is there more than once"),
-    ("cycles.0.phases.3.devices.1.id", 0, "cycles.0.phases.3.devices: Value error, device 0 is there more than once"),
-    ("boot.before.1.id", 0, "boot.before: Value error, device 0 is there more than once"),
-    ("boot.after.1.id", 0, "boot.after: Value error, device 0 is there more than once"),
-    ("cycles.0.phases.0.name", "kv_cache_rebuilt", "cycles.0: Value error, the phases are not in the cycle's order, each "
-     "once: kv_cache_rebuilt, generate_result, flush_cache_before_kv_drop, kv_cache_dropped, sglang_param_dict2_ready, "
-     "kv_cache_rebuilt, generate_result_after_kv_rebuild, after_drop_param_dict2"),
-    # In the profile, which is otherwise free.
-    ("profile.cycle.cycles", 10**9, "profile: Value error, cycle.cycles=1000000000 will not do: Input should be less than "
-     "or equal to 1000"),
-    ("profile.cycle.cycles", "2", "profile: Value error, cycle.cycles='2' will not do: Input should be a valid integer"),
-    ("profile.cycle.cycles", float("nan"), "profile: Value error, cycle.cycles=nan will not do: Input should be a valid"),
-    ("profile.cycle.generate", "false", "profile: Value error, cycle.generate='false' will not do: Input should be a valid "
-     "boolean"),
-    ("profile.cycle", 5, "profile: Value error, cycle=5 will not do: it must be a table"),
-    ("profile.cycle", None, "profile: Value error, cycle=None will not do: it must be a table"),
-    ("profile.tolerances", [1], "profile: Value error, tolerances=[1] will not do: it must be a table"),
-    ("profile.tolerances.allocator_bytes", "4096", "profile: Value error, tolerances.allocator_bytes='4096' will not do: "
-     "Input should be a valid integer"),
-    ("profile.tolerances.allocator_bytes", -1, "profile: Value error, tolerances.allocator_bytes=-1 will not do: Input "
-     "should be greater than or equal to 0"),
-    ("profile.tolerances.allocator_bytes", 10**400, "profile: Value error, tolerances.allocator_bytes=100000000000000000"),
-    ("profile.tolerances.rss_fraction", [0.5], "profile: Value error, tolerances.rss_fraction=[0.5] will not do: Input "
-     "should be a valid number"),
-    ("profile.tolerances.rss_fraction", 1, "profile: Value error, tolerances.rss_fraction=1 will not do: Input should be "
-     "less than 1"),
-    ("profile.tolerances.logprob", float("inf"), "profile: Value error, tolerances.logprob=inf will not do: Input should be "
-     "a finite number"),
-    ("profile.thresholds.latency_factor_of_warm", float("nan"), "profile: Value error, "
-     "thresholds.latency_factor_of_warm=nan will not do: Input should be "),
-    ("profile.thresholds.latency_factor_of_warm", float("inf"), "profile: Value error, "
-     "thresholds.latency_factor_of_warm=inf will not do: Input should be a finite number"),
-    ("profile.thresholds.latency_fraction_of_cold", float("nan"), "profile: Value error, "
-     "thresholds.latency_fraction_of_cold=nan will not do: Input should be "),
-    ("profile.thresholds.min_distinct_tokens", 1, "profile: Value error, thresholds.min_distinct_tokens=1 will not do: "
-     "Input should be greater than or equal to 2"),
-    ("profile.thresholds.min_distinct_tokens", 10**400, "profile: Value error, thresholds.min_distinct_tokens=1000000000"),
-    ("profile.engine.disable_precompile", 0, "profile: Value error, engine.disable_precompile=0 will not do: Input should "
-     "be a valid boolean"),
-    ("profile.engine", "x" * 999, "profile: Value error, engine='xxxxxxxxxxxx...xxxxxxxxxxxxx' will not do: it must be a"),
-]  # fmt: skip
+    ("kv.bytes", -1, "Input should be greater than or equal to 0"),
+    ("kv.bytes", 10**400, INT64),
+    ("kv.bytes", 2**63, INT64),
+    ("kv.bytes", 1.0, "Input should be a valid integer"),
+    ("kv.bytes", True, "Input should be a valid integer"),
+    ("kv.bytes", float("nan"), "Input should be a valid integer"),
+    ("kv.bytes_by_device.0", -1, "Input should be greater than or equal to 0"),
+    ("kv.claimed_bytes", 1e300, "Input should be a valid integer"),
+    ("canaries.0.rise_bytes", 1.5, "Input should be a valid integer"),
+    ("canaries.0.rise_bytes", "16777216", "Input should be a valid integer"),
+    ("canaries.0.fall_bytes", -(2**63) - 1, "Input should be greater than or equal to -9223372036854775808"),
+    ("generates.0.seconds", float("nan"), "Input should be "),
+    ("generates.0.seconds", float("inf"), "Input should be "),
+    ("generates.0.seconds", 1e300, "Input should be less than or equal to 1000000000"),
+    ("generates.0.seconds", "17", "Input should be a valid number"),
+    ("generates.0.token_ids.0", 1.0, "Input should be a valid integer"),
+    ("generates.0.token_ids.0", 10**400, INT64),
+    ("generates.0.logprobs.0", 1e300, "Input should be less than or equal to 34028235"),
+    ("generates.0.logprobs.0", -1e300, "Input should be greater than or equal to -34028235"),
+    ("generates.0.logprobs.0", float("nan"), "Input should be "),
+    ("cycles.0.swap.leaves", "51", "Input should be a valid integer"),
+    ("cycles.0.swap", [], "Input should be an object"),
+    ("stack.jax", 1, "Input should be a valid string"),
+    ("profile", [], "Input should be an object"),
+    ("devices", [{"id": 0, "kind": "cpu"}] * 2, AGAIN),
+    ("cycles.0.phases.3.devices", [{"id": 0, "ledger_bytes": 0}] * 2, AGAIN),
+    ("boot.before", [{"id": 0, "ledger_bytes": 0}] * 2, AGAIN),
+    ("boot.after", [{"id": 0, "ledger_bytes": 0}] * 2, AGAIN),
+]
 
 
 @pytest.mark.parametrize(("place", "value", "sentence"), VALUES)
 def test_a_value_that_is_none(place: str, value: object, sentence: str, raw: dict[str, Any], path: Path) -> None:
     set_at(raw, place, value)
     path.write_text(json.dumps(raw))
-    assert refused(path).startswith(f"{path} is not a valid record: {sentence}")
+    assert refused(path).startswith(f"{path} is not a valid record: {place}: {sentence}")
+
+
+def test_a_verdict_of_infinity(raw: dict[str, Any], path: Path) -> None:
+    verdict = {"id": "x", "scope": "run", "verdict": "pass", "message": "m"}
+    for key in ("expected", "measured"):
+        path.write_text(json.dumps(raw | {"checks": [verdict | {key: float("inf")}]}))
+        assert refused(path).startswith(
+            f"{path} is not a valid record: checks.0.{key}.int: Input should be a valid int"
+        )
+
+
+#: The profile is free otherwise: what checks read of it is not.
+PROFILE = [
+    ("cycle.cycles", 10**9, "1000000000", "Input should be less than or equal to 1000"),
+    ("cycle.cycles", "2", "'2'", "Input should be a valid integer"),
+    ("cycle.cycles", float("nan"), "nan", "Input should be a valid integer"),
+    ("cycle.generate", "false", "'false'", "Input should be a valid boolean"),
+    ("cycle", 5, "5", "it must be a table"),
+    ("cycle", None, "None", "it must be a table"),
+    ("tolerances", [1], "[1]", "it must be a table"),
+    ("tolerances.allocator_bytes", "4096", "'4096'", "Input should be a valid integer"),
+    ("tolerances.allocator_bytes", -1, "-1", "Input should be greater than or equal to 0"),
+    ("tolerances.allocator_bytes", 2**63, "9223372036854775808", "Input should be less than 9223372036854775808"),
+    ("tolerances.rss_fraction", [0.5], "[0.5]", "Input should be a valid number"),
+    ("tolerances.rss_fraction", 1, "1", "Input should be less than 1"),
+    ("tolerances.rss_fraction", float("nan"), "nan", "Input should be "),
+    ("tolerances.logprob", float("inf"), "inf", "Input should be a finite number"),
+    ("thresholds.latency_factor_of_warm", float("nan"), "nan", "Input should be "),
+    ("thresholds.latency_factor_of_warm", float("inf"), "inf", "Input should be a finite number"),
+    ("thresholds.latency_fraction_of_cold", float("nan"), "nan", "Input should be "),
+    ("thresholds.min_distinct_tokens", 1, "1", "Input should be greater than or equal to 2"),
+    (
+        "thresholds.min_distinct_tokens",
+        10**400,
+        f"1{'0' * 17}...{'0' * 19}",
+        "Input should be less than 92233720368547",
+    ),
+    ("engine.disable_precompile", 0, "0", "Input should be a valid boolean"),
+    ("engine", "x" * 999, f"'{'x' * 12}...{'x' * 13}'", "it must be a table"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "shown", "why"), PROFILE)
+def test_a_profile_that_cannot_be_judged(
+    key: str, value: object, shown: str, why: str, raw: dict[str, Any], path: Path
+) -> None:
+    set_at(raw["profile"], key, value)
+    path.write_text(json.dumps(raw))
+    sentence = f"{path} is not a valid record: profile: Value error, {key}={shown} will not do: {why}"
+    assert refused(path).startswith(sentence)
 
 
 def test_phases_out_of_order(raw: dict[str, Any], path: Path) -> None:
@@ -388,29 +400,32 @@ def everywhere(raw: dict[str, Any]) -> None:
     phases = {phase["name"]: phase["info"] for phase in raw["cycles"][0]["phases"]}
     phases["sglang_param_dict2_ready"]["error"] = EVIL
     rebuild = phases["kv_cache_rebuilt"]
-    rebuild["layouts_after"] = {EVIL: layout | {"dtype": EVIL} for layout in rebuild["layouts_after"].values()}
+    slot, layout = rebuild["layouts_after"].popitem()
+    rebuild["layouts_before"] |= {EVIL: layout}
+    rebuild["layouts_after"] |= {EVIL: layout | {"dtype": EVIL}, slot: layout}
     rebuild |= {"moved_owners": [EVIL], "nonzero_slots": [EVIL]}
 
 
 def test_no_text_of_a_record_steers_the_terminal(raw: dict[str, Any], path: Path) -> None:
     everywhere(raw)
     path.write_text(json.dumps(raw))
-    text = not_passed(path).replace("\n", "")
-    assert f"FAILED [simulated-on-cpu] {SHOWN} on 2 {SHOWN} devices, sglang-jax {SHOWN}, jax {SHOWN}: " in text
+    text = "".join(not_passed(path).split())
     for part in (
+        f"FAILED [simulated-on-cpu] {SHOWN} on 2 {SHOWN} devices, sglang-jax {SHOWN}, jax {SHOWN}: ",
         f"predicted by {SHOWN}: {SHOWN}",
         f"fail params2.fits: cycle0: {SHOWN}",
+        f"first: {SHOWN}: dtype was bfloat16 and is {SHOWN}.",
         f"first: {SHOWN}.",
         f"predicted by {SHOWN}: 1 B, expected",
     ):
-        assert part.replace(" ", "") in text.replace(" ", "")
+        assert part.replace(" ", "") in text
 
 
 def test_own_colors_are_the_only_escapes_of_a_terminal(raw: dict[str, Any]) -> None:
     everywhere(raw)
     record = Record.model_validate_json(json.dumps(raw))
     buffer = io.StringIO()
-    terminal.show(record, judge(record), Console(file=buffer, force_terminal=True, highlight=False, emoji=False))
+    terminal.show(record, judge(record), Console(file=buffer, force_terminal=True, highlight=False))
     text = buffer.getvalue()
     assert "\x1b[1;31mFAILED\x1b[0m" in text
     assert harmless(re.sub(r"\x1b\[[0-9;]*m", "", text))
@@ -421,7 +436,7 @@ def test_verdicts_of_others_do_not_steer_the_terminal_either(raw: dict[str, Any]
     raw["checks"] = [verdict | {"verdict": outcome} for outcome in ("pass", "fail", "inconclusive", "not-run")]
     record = Record.model_validate_json(json.dumps(raw))
     buffer = io.StringIO()
-    terminal.show(record, record.checks, Console(file=buffer, width=500, highlight=False, emoji=False))
+    terminal.show(record, record.checks, Console(file=buffer, width=500, highlight=False))
     assert harmless(buffer.getvalue())
     assert f"fail {SHOWN}: {SHOWN}\n    likely: {SHOWN}\n" in buffer.getvalue()
     assert f"not run: {SHOWN}: the profile leaves generation out." in buffer.getvalue()
@@ -432,8 +447,11 @@ def test_verdicts_of_others_do_not_steer_the_terminal_either(raw: dict[str, Any]
     [
         (f"{EVIL}", f"{SHOWN}: Extra inputs are not permitted (1 in all)."),
         ("evidence", "evidence: Input should be 'measured-on-tpu', "),
-        ("cycles.0.phases.3.info.kind", f"cycles.0.phases.3.info: Input tag '{SHOWN}' found using 'kind' does not match"),
-        (f"cycles.0.phases.3.devices.0.by_owner.{EVIL}", f"cycles.0.phases.3.devices.0.by_owner.{SHOWN}.[key]: Input should"),
+        ("cycles.0.phases.3.info.kind", f"cycles.0.phases.3.info: Input tag '{SHOWN}' found using 'kind' does"),
+        (
+            f"cycles.0.phases.3.devices.0.by_owner.{EVIL}",
+            f"cycles.0.phases.3.devices.0.by_owner.{SHOWN}.[key]: Input should be 'weights', 'kv', ",
+        ),
     ],
 )  # fmt: skip
 def test_a_refusal_shows_what_it_quotes_harmlessly(place: str, sentence: str, raw: dict[str, Any], path: Path) -> None:
@@ -443,10 +461,10 @@ def test_a_refusal_shows_what_it_quotes_harmlessly(place: str, sentence: str, ra
 
 
 @given(text=st.text(max_size=20))
-def test_any_text_is_shown_as_itself(text: str) -> None:
-    assert harmless(printable(text).replace("\n", "x\x00"))
-    assert printable(printable(text)) == printable(text)
-    assert Text.from_markup(terminal.as_text(text), emoji=False).plain == printable(text)
+def test_any_text_is_made_printable(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable()
+    assert printable(shown) == shown
 
 
 @pytest.mark.parametrize("text", ["2.25 GiB (2,415,992,832 B)", "P('data', None) over {'data': 1}", "…×–’ ☃ 语"])
@@ -515,7 +533,7 @@ def at(value: Any, place: tuple[str | int, ...]) -> Any:
     return value
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(value=spoiled())
 def test_any_change_is_refused_or_judged(value: object, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "spoiled.json"
@@ -523,12 +541,11 @@ def test_any_change_is_refused_or_judged(value: object, tmp_path_factory: pytest
     try:
         record = Record.load(path)
     except RecordError as error:
-        assert harmless(str(error))
-        assert str(path) in str(error)
+        assert harmless(str(error))  # noqa: PT017 - it need not be refused
         return
     verdicts = judge(record)
     buffer = io.StringIO()
-    terminal.show(record, verdicts, Console(file=buffer, width=80, highlight=False, emoji=False))
+    terminal.show(record, verdicts, Console(file=buffer, width=80, highlight=False))
     assert harmless(buffer.getvalue())
     path.write_text(record.to_json())
     assert judge(Record.load(path)) == verdicts

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from kvcycle.checks import passed
 from kvcycle.checks.generation import thresholds_s
@@ -39,17 +39,15 @@ _WHEN: tuple[tuple[When, str], ...] = (
 
 def console() -> Console:
     """A console for standard output: as wide as the terminal, or :data:`LOG_WIDTH` where there is none."""
-    plain = Console(highlight=False, emoji=False)
-    return plain if plain.is_terminal else Console(highlight=False, emoji=False, width=LOG_WIDTH)
-
-
-def as_text(text: str) -> str:
-    """Text from a record as rich markup that shows it: no markup, no line break, nothing that a terminal obeys."""
-    return escape(printable(text))
+    plain = Console(highlight=False)
+    return plain if plain.is_terminal else Console(highlight=False, width=LOG_WIDTH)
 
 
 def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
-    """Print a judged record: tables, everything that did not pass, and the verdict."""
+    """Print a judged record: tables, everything that did not pass, and the verdict.
+
+    What a record says in words is printed as :class:`~rich.text.Text` and escaped: it can be from anybody.
+    """
     for index, cycle in enumerate(record.cycles):
         if index and _changes(cycle) == _changes(record.cycles[0]) and passed(_of_cycle(verdicts, index)):
             console.print(f"cycle {index}: every change to the byte as in cycle 0.")
@@ -58,36 +56,32 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
             # Exact bytes are never cut off; what is expected is what was measured, or else in the verdict's message.
             wanted = Measurement.get(console, console.options.update(width=1000), table).maximum
             console.print(table if wanted <= console.width else _phase_table(record, verdicts, index, narrow=True))
-    console.print(_witness_line(record))
+    console.print(Text(_witness_line(record)))
     if record.generates:
         console.print(_latency_table(record))
     for verdict in verdicts:
         if verdict.verdict in ("fail", "inconclusive"):
-            console.print(
-                f"[{_STYLE[verdict.verdict]}]{verdict.verdict}[/] {as_text(verdict.id)}: {as_text(verdict.message)}"
-            )
+            said = printable(f" {verdict.id}: {verdict.message}")
+            console.print(Text.assemble((verdict.verdict, _STYLE[verdict.verdict]), said))
             for cause in verdict.causes:
-                console.print(f"    likely: {as_text(cause)}")
+                console.print(Text(printable(f"    likely: {cause}")))
     left_out = sorted({verdict.id for verdict in verdicts if verdict.verdict == "not-run"})
     if left_out:
-        console.print(
-            f"[dim]not run: {as_text(', '.join(left_out))}: the profile leaves generation out. This is not a pass.[/]"
-        )
+        said = printable(f"not run: {', '.join(left_out)}: the profile leaves generation out. This is not a pass.")
+        console.print(Text(said, "dim"))
     console.print(verdict_line(record, verdicts), soft_wrap=True)
 
 
-def verdict_line(record: Record, verdicts: Sequence[Verdict]) -> str:
-    """One line: the verdict, its evidence label, what was validated, and the verdicts by outcome; with rich markup."""
+def verdict_line(record: Record, verdicts: Sequence[Verdict]) -> Text:
+    """One line: the verdict, its evidence label, what was validated, and the verdicts by outcome."""
     counts = Counter(verdict.verdict for verdict in verdicts)
     numbers = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
-    good = passed(list(verdicts))
     kinds = ", ".join(sorted({device.kind for device in record.devices}))
-    name = as_text(str(record.profile.get("name", "?")))
-    return (
-        f"[{'bold green' if good else 'bold red'}]{'PASSED' if good else 'FAILED'}[/] \\[{record.evidence}] {name} on "
-        f"{len(record.devices)} {as_text(kinds)} devices, sglang-jax {as_text(record.stack.sglang_jax)}, "
-        f"jax {as_text(record.stack.jax)}: {numbers or 'nothing was judged'}"
+    said = printable(
+        f" [{record.evidence}] {record.profile.get('name', '?')} on {len(record.devices)} {kinds} devices, "
+        f"sglang-jax {record.stack.sglang_jax}, jax {record.stack.jax}: {numbers or 'nothing was judged'}"
     )
+    return Text.assemble(("PASSED", "bold green") if passed(list(verdicts)) else ("FAILED", "bold red"), said)
 
 
 def _changes(cycle: Cycle) -> list[tuple[str, int]]:
@@ -156,7 +150,7 @@ def _witness_line(record: Record) -> str:
     kv = record.kv
     line = f"KV cache: {kv.buffers} buffers, {exact_bytes(kv.bytes)}"
     if kv.predicted_how:
-        line += "\n  " + as_text(f"predicted by {kv.predicted_by}: {kv.predicted_how}")
+        line += "\n  " + printable(f"predicted by {kv.predicted_by}: {kv.predicted_how}")
     line += f"\nWitnesses: {', '.join(text for name, text in words.items() if name in speaks) or 'none'}"
     return line + (f"; silent here: {', '.join(silent)}" if silent else "")
 
