@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from kvcycle import checkpoint
+
+# The same examples everywhere and every time: what fails in CI fails here. A deadline would be a timed test.
+settings.register_profile("kvcycle", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.load_profile("kvcycle")
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvcycle import memory
@@ -66,6 +68,23 @@ def test_a_sharded_array_is_split_and_a_replicated_one_is_whole_everywhere(mesh:
     assert growth(before, snapshot()) == {0: 1333, 1: 1333, 2: 1340, 3: 1333}
     assert snapshot().ledger_bytes_sum - before.ledger_bytes_sum == 4 * 1333 + 7
     for array in (split, whole, one):
+        array.delete()
+    assert growth(before, snapshot()) == dict.fromkeys(range(4), 0)
+
+
+@settings(max_examples=15)
+@given(arrays=st.lists(st.tuples(st.sampled_from([1, 7, 1000]), st.booleans(), st.integers(0, 3)), max_size=4))
+def test_each_buffer_counts_once_whatever_holds_it(arrays: list[tuple[int, bool, int]], mesh: Mesh) -> None:
+    """Any arrays, split or whole, each with any number of aliases and some of them the claimed weights."""
+    before = snapshot()
+    held = [put(mesh, 4 * size, *(("x",) if split else ())) for size, split, _ in arrays]
+    aliases = [alias_of(array) for array, (_, _, times) in zip(held, arrays, strict=True) for _ in range(times)]
+    expected = sum(size if split else 4 * size for size, split, _ in arrays)
+    after = snapshot({"weights": aliases, "kv": held})
+    assert growth(before, after) == dict.fromkeys(range(4), expected)
+    assert all(sum(use.by_owner.values()) == use.ledger_bytes for use in after.devices)
+    assert after.bytes_of("weights") + after.bytes_of("kv") == 4 * expected
+    for array in [*aliases, *held]:
         array.delete()
     assert growth(before, snapshot()) == dict.fromkeys(range(4), 0)
 
@@ -148,9 +167,9 @@ def test_a_buffer_of_two_owners_is_the_first_ones(mesh: Mesh) -> None:
         {"weights": [array], "params2": [alias]},
         {"params2": [array], "weights": [alias]},
     ]
-    for given in owners:
-        taken = snapshot(given)
-        first, second = given
+    for claimed in owners:
+        taken = snapshot(claimed)
+        first, second = claimed
         assert (taken.bytes_of(first), taken.bytes_of(second)) == (4000, 0)
 
 

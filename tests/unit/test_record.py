@@ -109,7 +109,7 @@ def records(draw: st.DrawFn) -> Record:
     )
 
 
-@settings(max_examples=40, deadline=None)  # a deadline is a timed test
+@settings(max_examples=40)
 @given(record=records())
 def test_a_record_is_read_as_it_was_written(record: Record, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "round-trip.json"
