@@ -343,8 +343,8 @@ class Record(_Part):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(self.to_json().encode() + b"\n")
             Path(temporary).chmod(0o644)
             Path(temporary).replace(path)
         except BaseException:

@@ -30,7 +30,7 @@ def read(path: Path) -> str:
             data = file.read(MAX_FILE_BYTES + 1)  # not its size: a device or a pipe has none
         if len(data) > MAX_FILE_BYTES:
             raise refusal(f"{path} is larger than {exact_bytes(MAX_FILE_BYTES)}, the most that a record may have.")
-        text = data.decode("utf-8")
+        text = data.decode()
     except (OSError, ValueError) as error:  # a ValueError: no UTF-8, or a name that no file can have
         raise refusal(f"The record {path} cannot be read: {error}.") from error
     try:
@@ -54,7 +54,7 @@ def read(path: Path) -> str:
 
 def invalid(path: Path, error: ValidationError) -> RecordError:
     """The sentence on a file that is JSON and no valid record: it names the first place that is wrong."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"]) or "the whole"
     return refusal(f"{path} is not a valid record: {place}: {first['msg']} ({error.error_count()} in all).")
 

@@ -216,10 +216,22 @@ def test_a_file_that_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sentence.endswith(f" ({size - 1:,} B), the most that a record may have.")
 
 
-def test_a_file_without_an_end() -> None:
-    with pytest.raises(RecordError) as caught:
-        Record.load(Path("/dev/zero"))
-    assert str(caught.value) == ("/dev/zero is larger than 64.00 MiB (67,108,864 B), the most that a record may have.")
+def test_no_more_is_read_than_a_record_may_have(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Endless(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            assert size is not None
+            asked.append(size)
+            return bytes(size)
+
+    def endless(*_: object) -> Endless:
+        return Endless()
+
+    monkeypatch.setattr(record_file, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(Path, "open", endless)  # what /dev/zero would give, and a pipe can
+    assert refused_by_load(path) == f"{path} is larger than 1,000 B, the most that a record may have."
+    assert asked == [1001]
 
 
 def test_a_million_phases(raw: dict[str, Any], path: Path) -> None:

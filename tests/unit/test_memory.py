@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvcycle import memory
 from kvcycle.memory import Ledger, MemorySnapshot, allocator_bytes, limit_bytes, snapshot
-from kvcycle.record import OWNERS, Owner
+from kvcycle.record import OWNERS, DeviceUse, Owner
 
 MIB = 2**20
 
@@ -87,6 +88,33 @@ def test_each_buffer_counts_once_whatever_holds_it(arrays: list[tuple[int, bool,
     for array in [*aliases, *held]:
         array.delete()
     assert growth(before, snapshot()) == dict.fromkeys(range(4), 0)
+
+
+def test_only_the_devices_that_are_asked_for_count(mesh: Mesh) -> None:
+    last = jax.devices()[3]
+    before = snapshot(devices=[last])
+    array = put(mesh, 4000, "x")
+    assert growth(before, snapshot(devices=[last])) == {3: 1000}
+    array.delete()
+
+
+def test_the_process_is_in_the_snapshot_and_an_owner_without_an_entry_has_nothing() -> None:
+    assert (snapshot().rss_bytes or 0) > MIB
+    taken = MemorySnapshot(t_s=0.0, devices=(DeviceUse(id=0, ledger_bytes=5, by_owner={"kv": 5}),), rss_bytes=None)
+    assert (taken.bytes_of("kv"), taken.bytes_of("weights")) == (5, 0)
+
+
+def test_the_largest_are_ordered_by_bytes_and_not_by_name() -> None:
+    arrays = [jax.block_until_ready(jnp.ones(size, jnp.int8)) for size in (300_000, 50_000, 4_000_000)]
+    named = [entry for entry in snapshot(largest=100).largest_other if entry[1] in (300_000, 50_000, 4_000_000)]
+    assert [size for _, size in named] == [4_000_000, 300_000, 50_000]
+    for array in arrays:
+        array.delete()
+
+
+def test_an_array_without_a_kind_of_memory_is_on_its_device() -> None:
+    nowhere = SimpleNamespace(sharding=SimpleNamespace(memory_kind=None))
+    assert memory._in_host_memory(cast(jax.Array, nowhere)) is False
 
 
 def test_an_alias_counts_once(mesh: Mesh) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -266,6 +268,24 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_unfinished_file_lies_hidden_in_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Path] = []
+
+    def to_json(_: Record) -> str:
+        found.extend(tmp_path.iterdir())
+        found[0].unlink()  # even so, what went wrong first is what is said
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Record, "to_json", to_json)
+    with pytest.raises(OSError, match="no space left on device"):
+        GOOD.save(tmp_path / "record.json")
+    assert [path.name.startswith(".record.json-") for path in found] == [True]
+
+
+def test_a_record_is_indented_for_people() -> None:
+    assert GOOD.to_json().startswith('{\n "schema": 1,\n "evidence": "simulated-on-cpu",\n')
+
+
 def test_a_write_replaces_the_old_file_and_others_may_read_it(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     GOOD.save(path)
@@ -303,7 +323,14 @@ def test_a_record_cannot_be_changed() -> None:
         GOOD.created = "now"  # type: ignore[misc]
 
 
-def test_now_is_utc_to_the_second() -> None:
-    text = now()
+def test_now_is_utc_to_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "XYZ+7")
+    time.tzset()
+    try:
+        before, text, after = datetime.now(UTC), now(), datetime.now(UTC)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert before.replace(microsecond=0) <= datetime.fromisoformat(text) <= after
     assert len(text) == len("2026-11-23T23:24:47Z")
     assert text.endswith("Z")

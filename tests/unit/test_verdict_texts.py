@@ -32,6 +32,10 @@ from tests.unit.records import (
 FILE = Path(__file__).parent / "verdicts.txt"
 
 
+def logprobs() -> tuple[float, ...]:
+    return (LOGPROBS[0] - 0.25, *LOGPROBS[1:])
+
+
 def all_wrong(record: Record) -> Record:
     """Everything wrong that a record can be wrong in at once, short of lacking something."""
     record = shift(record, BORROWED, 1, "ledger", device=0)
@@ -45,11 +49,10 @@ def all_wrong(record: Record) -> Record:
     record = edit_info(record, "kv_cache_rebuilt", layouts_after=layouts, moved_owners=("a", "b"), nonzero_slots=("c",))
     compiled = Compiles(trace=1, lower=2, backend=4)
     record = edit_phase(record, "kv_cache_rebuilt", lambda phase: phase.model_copy(update={"compiles": compiled}))
-    logprobs = (LOGPROBS[0] - 0.25, *LOGPROBS[1:])
     whens: tuple[When, ...] = ("after_rebuild", "after_swap_back", "with_params2")
     for when in whens:
         record = edit_generates(
-            record, when, token_ids=(1, 2, 3), logprobs=logprobs, seconds=99.5, cached_tokens=5, compiles=compiled
+            record, when, token_ids=(1, 2, 3), logprobs=logprobs(), seconds=99.5, cached_tokens=5, compiles=compiled
         )
     record = edit_kv(record, bytes_by_device={0: 5}, claimed_bytes=6)
     swap = record.cycles[0].swap
@@ -67,6 +70,16 @@ def records() -> Iterator[tuple[str, Record]]:
     allocator = shift(allocator, BORROWED[2:], -5, "allocator", device=0)
     full = allocator.devices[0].model_copy(update={"limit_bytes": 1000})
     yield "all wrong, on a TPU", allocator.model_copy(update={"devices": (full,)})
+    other = with_profile(tpu, "tolerances", allocator_bytes=512, logprob=0.3)
+    other = with_profile(other, "thresholds", latency_factor_of_warm=1.05, min_distinct_tokens=9)
+    other = with_profile(other, "engine", disable_precompile=False)
+    other = edit_generates(edit_generates(other, "cold", compiles=Compiles()), "after_rebuild", logprobs=logprobs())
+    yield "another profile", shift(other, BORROWED, 512, "allocator", device=0)
+    yield "another fraction of cold", with_profile(cpu, "thresholds", latency_fraction_of_cold=0.1)
+    yield (
+        "another fraction of resident memory",
+        shift(with_profile(cpu, "tolerances", rss_fraction=0.5), BORROWED, 2**24, "rss", device=0),
+    )
     yield "resident memory", shift(cpu, BORROWED, -(2**24), "rss", device=0)
     yield "no canaries", tpu.model_copy(update={"canaries": ()})
     blind = edit_canary(edit_canary(cpu, "ledger", 0, rise_bytes=1, fall_bytes=-2), "rss", None, fall_bytes=0)
