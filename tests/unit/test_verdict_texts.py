@@ -80,6 +80,21 @@ def records() -> Iterator[tuple[str, Record]]:
         "another fraction of resident memory",
         shift(with_profile(cpu, "tolerances", rss_fraction=0.5), BORROWED, 2**24, "rss", device=0),
     )
+    slow = edit_generates(cpu, "warm", seconds=9.0)
+    yield "no profile: every default", slow.model_copy(update={"profile": {}})
+    two = good_record(cycles=2, devices=2, allocator=True)
+    late = tuple(generate for generate in two.generates if generate.cycle or generate.when in ("cold", "warm"))
+    yield "only the second cycle", edit_cycle(two, 0, phases=(), swap=None).model_copy(update={"generates": late})
+    phases = tuple(
+        phase.model_copy(update={"devices": phase.devices[1:], "ledger_bytes_sum": phase.devices[1].ledger_bytes})
+        for phase in two.cycles[1].phases
+    )
+    yield "a first device without samples", edit_cycle(two, 1, phases=phases)
+    yield "residues", edit_cycle(cpu, 0, residue_before=({0: 120}, {}), residue_after=({0: 130}, {0: 90}))
+    yield (
+        "residues of nobody",
+        edit_cycle(edit_use(cpu, "flush_cache_before_kv_drop", device=0, by_owner={}), 0, residue_before=({}, {0: 0})),
+    )
     yield "resident memory", shift(cpu, BORROWED, -(2**24), "rss", device=0)
     yield "no canaries", tpu.model_copy(update={"canaries": ()})
     blind = edit_canary(edit_canary(cpu, "ledger", 0, rise_bytes=1, fall_bytes=-2), "rss", None, fall_bytes=0)
