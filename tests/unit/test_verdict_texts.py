@@ -80,7 +80,10 @@ def records() -> Iterator[tuple[str, Record]]:
         "another fraction of resident memory",
         shift(with_profile(cpu, "tolerances", rss_fraction=0.5), BORROWED, 2**24, "rss", device=0),
     )
-    slow = edit_generates(cpu, "warm", seconds=9.0)
+    slow = edit_generates(edit_generates(cpu, "warm", seconds=9.0), "after_rebuild", logprobs=logprobs())
+    cold, first, *others = slow.generates
+    first = first.model_copy(update={"token_ids": (*first.token_ids[1:], 5)})  # the first warm one is compared with
+    slow = slow.model_copy(update={"generates": (cold, first, *others)})
     yield "no profile: every default", slow.model_copy(update={"profile": {}})
     two = good_record(cycles=2, devices=2, allocator=True)
     late = tuple(generate for generate in two.generates if generate.cycle or generate.when in ("cold", "warm"))
