@@ -23,6 +23,9 @@ from kvcycle.errors import ProfileError
 
 Platform = Literal["tpu", "cpu"]
 
+#: More than a run of the suite can mean: a record of more is not read.
+MAX_CYCLES = 1000
+
 #: Engine arguments that kvcycle decides itself: the cycle needs the engine in this process.
 _RESERVED_ENGINE_KEYS = {
     "model_path": "set model.path instead",
@@ -77,7 +80,7 @@ class OnCPU(_Table):
 class CycleSpec(_Table):
     """What one run does: how many cycles, which prompt, what the second parameter set is."""
 
-    cycles: int = Field(default=2, ge=1)
+    cycles: int = Field(default=2, ge=1, le=MAX_CYCLES)
     generate: bool = True
     prompt: str = "Hello"
     max_new_tokens: int = Field(default=16, ge=1)
@@ -93,18 +96,18 @@ class CycleSpec(_Table):
 class Tolerances(_Table):
     """How far a witness may be off. The ledger has none: it is exact."""
 
-    allocator_bytes: int = Field(default=0, ge=0)
+    allocator_bytes: int = Field(default=0, ge=0, lt=2**63)
     rss_fraction: float = Field(default=0.02, ge=0, lt=1)
     #: Of the log-probabilities before and after; 0 means bit-equal.
-    logprob: float = Field(default=0.0, ge=0)
+    logprob: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class Thresholds(_Table):
     """Latency after the rebuild, against this machine's own warm and cold times; and when output counts as varied."""
 
-    latency_factor_of_warm: float = Field(default=3.0, gt=1)
+    latency_factor_of_warm: float = Field(default=3.0, gt=1, allow_inf_nan=False)
     latency_fraction_of_cold: float = Field(default=0.5, gt=0, lt=1)
-    min_distinct_tokens: int = Field(default=6, ge=2)
+    min_distinct_tokens: int = Field(default=6, ge=2, lt=2**63)
 
 
 class Timeouts(_Table):

@@ -20,3 +20,8 @@ def signed_bytes(size: int) -> str:
 def seconds(value: float) -> str:
     """``11.4 s``, ``0.117 s``: three significant figures."""
     return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
+
+
+def printable(text: str) -> str:
+    r"""The text with everything escaped that a terminal could obey or hide, line breaks too: ``\x1b``, ``\n``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -100,6 +100,18 @@ def test_overrides_reach_their_tables_and_leave_the_rest() -> None:
             "Profile 'tiny': cycle.cycles=0 will not do: Input should be greater than or equal to 1.",
         ),
         (
+            {"cycle.cycles": 1001},
+            "Profile 'tiny': cycle.cycles=1001 will not do: Input should be less than or equal to 1000.",
+        ),
+        (
+            {"tolerances.logprob": float("inf")},
+            "Profile 'tiny': tolerances.logprob=inf will not do: Input should be a finite number.",
+        ),
+        (
+            {"thresholds.latency_factor_of_warm": float("inf")},
+            "Profile 'tiny': thresholds.latency_factor_of_warm=inf will not do: Input should be a finite number.",
+        ),
+        (
             {"cycle.cycles": "two"},
             ("Profile 'tiny': cycle.cycles='two' will not do: Input should be a valid integer, unable to parse "
             "string as an integer."),

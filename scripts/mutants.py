@@ -1,0 +1,75 @@
+"""Test the tests: mutants.py changes checks, ledger and record in small ways and counts what nobody notices.
+
+mutmut does the work in mutants/, on copies, from nothing each time: what it remembers of an earlier run does not know
+that a test has changed. Settings are in pyproject.toml; docs/mutants.md says what the figures mean.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPLAINED = ROOT / "docs" / "mutants.md"
+LEAST_PERCENT = 95.0
+#: All others are survivors: also what no test reaches, and what crashed the interpreter.
+NOTICED = ("killed", "caught by type check", "timeout")
+
+
+def mutmut(*arguments: str) -> str:
+    """What a command of mutmut prints."""
+    return subprocess.run(["mutmut", *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def statuses(listing: str) -> dict[str, str]:
+    """The status of every mutant by name, from ``mutmut results --all true``."""
+    return dict(re.findall(r"^\s+(\S+): (.+)$", listing, re.MULTILINE))
+
+
+def change(diff: str) -> str:
+    """The lines that a mutant takes and those that it puts in their place, from its diff: ``old → new``."""
+    removed, added = (re.findall(rf"^[{sign}](?![{sign}]{{2}} )(.*)$", diff, re.MULTILINE) for sign in "-+")
+    return " → ".join(" ".join(line.strip() for line in lines) for lines in (removed, added))
+
+
+def function(name: str) -> str:
+    """``checks.verdicts.change``, or ``record.Record.save``, from a mutant's name."""
+    module, _, mangled = name.rpartition(".")
+    plain = re.sub(r"^x_|__mutmut_\d+$", "", mangled).removeprefix("xǁ").replace("ǁ", ".")
+    return f"{module.removeprefix('kvcycle.')}.{plain}"
+
+
+def score(found: dict[str, str]) -> float:
+    """The percentage of the mutants that was noticed."""
+    return 100 * sum(status in NOTICED for status in found.values()) / len(found)
+
+
+def main() -> None:
+    shutil.rmtree(ROOT / "mutants", ignore_errors=True)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["mutmut", "run", f"--max-children={len(os.sched_getaffinity(0))}"], cwd=ROOT, check=True)
+    found = statuses(mutmut("results", "--all", "true"))
+    if not found or "not checked" in found.values():
+        sys.exit("mutmut stopped before every mutant was tried, so there is no score.")
+    explained = EXPLAINED.read_text(encoding="utf-8")
+    print()
+    for name, status in sorted(found.items()):
+        if status not in NOTICED:
+            text = change(mutmut("show", name))
+            word = "explained" if text in explained else "NOT EXPLAINED"
+            print(f"{status}, {word}: {function(name)} ({name})\n    {text}")
+    counts = ", ".join(f"{count:,} {status}" for status, count in Counter(found.values()).most_common())
+    print(f"\n{score(found):.1f} % of {len(found):,} mutants were noticed ({counts}).")
+    if score(found) < LEAST_PERCENT:
+        sys.exit(
+            f"At least {LEAST_PERCENT:g} % must be: test what survived, or say in docs/mutants.md why nothing can."
+        )
+
+
+if __name__ == "__main__":
+    main()
