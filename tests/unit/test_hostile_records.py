@@ -99,7 +99,7 @@ def test_a_file_cut_off_anywhere(path: Path) -> None:
     path.write_bytes(data[:1000])
     sentence = refused(path)
     assert sentence.startswith(f"{path} is not JSON (")
-    assert sentence.endswith(" (char 999)); was the file cut off?")
+    assert re.search(r" \(char (999|1000)\)\); was the file cut off\?$", sentence)
 
 
 def nested(depth: int) -> str:
