@@ -52,7 +52,11 @@ def score(found: dict[str, str]) -> float:
 def main() -> None:
     shutil.rmtree(ROOT / "mutants", ignore_errors=True)
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(["mutmut", "run", f"--max-children={len(os.sched_getaffinity(0))}"], cwd=ROOT, check=True)
+    workers = len(os.sched_getaffinity(0))
+    print(f"mutmut runs on {workers} cores, for some ten minutes on two that are idle ...", flush=True)
+    # Its progress is a line that it draws anew, which fills a log with copies.
+    output = None if sys.stdout.isatty() else subprocess.DEVNULL
+    subprocess.run(["mutmut", "run", f"--max-children={workers}"], cwd=ROOT, check=True, stdout=output)
     found = statuses(mutmut("results", "--all", "true"))
     if not found or "not checked" in found.values():
         sys.exit("mutmut stopped before every mutant was tried, so there is no score.")
