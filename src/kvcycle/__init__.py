@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from kvcycle.errors import EngineBusyError as EngineBusyError
     from kvcycle.errors import KVCacheStateError as KVCacheStateError
     from kvcycle.errors import KVCycleError as KVCycleError
+    from kvcycle.errors import MemoryOccupationError as MemoryOccupationError
     from kvcycle.errors import RebuildError as RebuildError
     from kvcycle.kv_cache import Freed as Freed
     from kvcycle.kv_cache import KVCache as KVCache
     from kvcycle.memory import MemorySnapshot as MemorySnapshot
     from kvcycle.memory import snapshot as snapshot
+    from kvcycle.occupation import MemoryOccupation as MemoryOccupation
+    from kvcycle.occupation import Occupation as Occupation
+    from kvcycle.occupation import enable_memory_occupation as enable_memory_occupation
     from kvcycle.params import ParamSet as ParamSet
     from kvcycle.params import sharing as sharing
     from kvcycle.params import swap as swap
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from kvcycle.profile import load_profile as load_profile
     from kvcycle.record import Record as Record
     from kvcycle.record import Verdict as Verdict
+    from kvcycle.weights import Weights as Weights
 
 #: Public name → the module that defines it, imported when the name is first used.
 _PUBLIC = {
@@ -37,13 +42,18 @@ _PUBLIC = {
     "KVCache": "kv_cache",
     "KVCacheStateError": "errors",
     "KVCycleError": "errors",
+    "MemoryOccupation": "occupation",
+    "MemoryOccupationError": "errors",
     "MemorySnapshot": "memory",
+    "Occupation": "occupation",
     "ParamSet": "params",
     "Profile": "profile",
     "RebuildError": "errors",
     "Record": "record",
     "Verdict": "record",
+    "Weights": "weights",
     "boot": "engine",
+    "enable_memory_occupation": "occupation",
     "judge": "checks",
     "load_profile": "profile",
     "passed": "checks",

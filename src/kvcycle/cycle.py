@@ -44,11 +44,14 @@ from kvcycle.record import (
     RebuildInfo,
     Record,
     SwapInfo,
+    WeightsReleasedInfo,
+    WeightsResumedInfo,
     When,
     now,
 )
 from kvcycle.sizing import KVPrediction
 from kvcycle.text import exact_bytes, seconds
+from kvcycle.weights import Weights, digests
 
 Progress = Callable[[str], None]
 
@@ -201,6 +204,8 @@ class _Run:
             self._swap_there_and_back(index, self.params2)
         with self._phase("after_drop_param_dict2"):
             self._give_back()
+        if self.profile.cycle.release_weights:
+            self._release_weights_and_resume(index)
 
     def _generate_before_the_drop(self, index: int) -> None:
         """Cold and warm times, and once a generation that hits the prefix cache: the controls of what follows."""
@@ -286,6 +291,33 @@ class _Run:
             self.params2.delete()
             self.params2 = None
         # The last generation's result is still in the engine's pipeline; sampled before it drains it looks like growth.
+        self.kv.flush()
+
+    def _release_weights_and_resume(self, index: int) -> None:
+        """The engine's weights wait in host memory, and come back bit for bit: the other half of what an engine lends."""
+        weights = Weights(self.engine)
+        with self._phase("weights_released") as told:
+            before = digests(self.engine)
+            freed = weights.release()
+            told(
+                WeightsReleasedInfo(
+                    arrays=freed.arrays,
+                    deleted_arrays=freed.deleted_arrays,
+                    host_bytes=freed.host_bytes,
+                    digests=before,
+                )
+            )
+        with self._phase("weights_resumed") as told:
+            weights.resume()
+            used = sharing(self.engine, ParamSet.of(self.engine))
+            told(
+                WeightsResumedInfo(
+                    digests=digests(self.engine), model_params=used.model_params, model_shared=used.model_shared
+                )
+            )
+        # Not the prefix cache's answer: the prompt is computed with the weights that came back.
+        self.kv.flush()
+        self._generate("after_weights", index)
         self.kv.flush()
 
     def _control_for_recompilation(self) -> None:

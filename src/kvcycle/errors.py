@@ -55,6 +55,18 @@ class KVCacheDroppedError(KVCacheStateError):
     """A request reached the engine while its KV cache was dropped."""
 
 
+class MemoryOccupationError(KVCycleError):
+    """A tag of release_memory_occupation() or resume_memory_occupation() that is none, or does not fit the state."""
+
+
+class WeightsStateError(MemoryOccupationError):
+    """The call does not fit the state of the weights (released twice, resumed while resident, nothing to resume)."""
+
+
+class WeightsReleasedError(KVCycleError):
+    """A request reached the engine while its weights were released."""
+
+
 class RebuildError(KVCycleError):
     """The buffers could not be allocated again; the cache stays dropped and can be rebuilt later.
 

@@ -62,13 +62,18 @@ class Channel:
         self.crash: str | None = None
         #: The scheduler's thread, known after the first call.
         self.thread: threading.Thread | None = None
-        #: While True no batch is forwarded; requests that reach the scheduler wait in its queue.
-        self.held = False
+        #: What the engine lacks for a forward ("kv_cache", "weights"); set and cleared on the scheduler's thread.
+        self.lacking: set[str] = set()
         self._tickets = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
         self._deferred: list[_Pending] = []
         self._send_lock = threading.Lock()
         self._install()
+
+    @property
+    def held(self) -> bool:
+        """While True no batch is forwarded; requests that reach the scheduler wait in its queue."""
+        return bool(self.lacking)
 
     def call[T](
         self, function: Callable[[], T], *, at: At = "now", timeout_s: float = 60.0, wait_for_requests: bool = False

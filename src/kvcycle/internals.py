@@ -203,6 +203,17 @@ def model_variables(engine: Any) -> list[Any]:
     ]
 
 
+def weight_names(engine: Any) -> dict[int, str]:
+    """The names of the model's weights by the id() of their array: ``model.layers.0.self_attn.q_proj.weight``."""
+    from flax import nnx
+
+    return {
+        id(node.get_value()): ".".join(str(part) for part in path)
+        for path, node in nnx.iter_graph(runner_of(engine).model)
+        if isinstance(node, nnx.Variable)
+    }
+
+
 def set_weights(engine: Any, leaves: Sequence[jax.Array]) -> None:
     """Replace the weights in both owners; on the scheduler's thread, idle."""
     runner = runner_of(engine)

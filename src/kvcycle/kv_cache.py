@@ -201,6 +201,8 @@ class KVCache:
 #: How long finished requests may take to drain, and the longest that a rebuild may take.
 _DRAIN_S = 60.0
 _REBUILD_S = 600.0
+#: What a channel lacks while the cache is dropped.
+_KV_CACHE = "kv_cache"
 
 
 class _Buffers:
@@ -248,7 +250,7 @@ class _Buffers:
         # A buffer in use by a pending computation would be freed later; a donated one has no bytes to sum.
         jax.block_until_ready(arrays)
         freed_by_device = bytes_by_device(arrays)
-        self.channel.held = True
+        self.channel.lacking.add(_KV_CACHE)
         self.state = "dropped"
         deleted = missing = 0
         for array in arrays:
@@ -285,7 +287,7 @@ class _Buffers:
         for slot, array in zip(self.slots, arrays, strict=True):
             slot.set(array)
         self.state = "resident"
-        self.channel.held = False
+        self.channel.lacking.discard(_KV_CACHE)
 
     def nonzero_slots(self) -> list[str]:
         self.expect("resident", "dropped", "rebuild() first")

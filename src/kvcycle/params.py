@@ -182,14 +182,19 @@ def swapped(engine: Any, params: ParamSet) -> Iterator[ParamSet]:
 
 def _swap(channel: inband.Channel, params: ParamSet) -> ParamSet:
     before = ParamSet.of(channel.engine)
-    _check_same_layout(before, params)
-    if not channel.held:  # while the KV cache is dropped the prefix cache is empty already
-        internals.flush(channel.scheduler)
+    check_same_layout(before, params)
+    if "kv_cache" not in channel.lacking:  # else the prefix cache is empty already
+        internals.flush(channel.scheduler, keep_waiting=channel.held)
     internals.set_weights(channel.engine, params.leaves)
     return before
 
 
-def _check_same_layout(ours: ParamSet, given: ParamSet) -> None:
+def check_same_layout(ours: ParamSet, given: ParamSet) -> None:
+    """Refuse a set that the compiled forward would not take as it is; ``ours`` may be deleted.
+
+    Raises:
+        ParamSetError: with the first array that differs in shape, dtype or sharding, or is deleted.
+    """
     if len(ours.leaves) != len(given.leaves):
         raise ParamSetError(f"The engine has {len(ours.leaves)} parameter arrays, the given set {len(given.leaves)}.")
     for index, (mine, new) in enumerate(zip(ours.leaves, given.leaves, strict=True)):

@@ -89,6 +89,8 @@ class CycleSpec(_Table):
     perturb: float = Field(default=0.5, gt=0)
     #: Drops once more with jax.clear_caches(), and must see the compilations and the latency that this causes.
     recompile_control: bool = True
+    #: Releases the weights at the end of every cycle, and resumes them bit for bit: needs host memory for a copy.
+    release_weights: bool = False
     #: Bytes allocated and freed on each device to see that every witness sees.
     canary_bytes: int = Field(default=16 * 2**20, ge=2**12)
 

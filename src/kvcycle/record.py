@@ -35,7 +35,16 @@ Evidence = Literal["measured-on-tpu", "measured-on-gpu", "simulated-on-cpu", "co
 Witness = Literal["ledger", "allocator", "rss"]
 Owner = Literal["weights", "kv", "params2", "other"]
 Outcome = Literal["pass", "fail", "inconclusive", "not-run"]
-When = Literal["cold", "warm", "prefix_hit", "after_rebuild", "with_params2", "after_swap_back", "after_clear_caches"]
+When = Literal[
+    "cold",
+    "warm",
+    "prefix_hit",
+    "after_rebuild",
+    "with_params2",
+    "after_swap_back",
+    "after_weights",
+    "after_clear_caches",
+]
 PhaseName = Literal[
     "engine_ready",
     "generate_result",
@@ -45,12 +54,15 @@ PhaseName = Literal[
     "kv_cache_rebuilt",
     "generate_result_after_kv_rebuild",
     "after_drop_param_dict2",
+    "weights_released",
+    "weights_resumed",
 ]
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 OWNERS: tuple[Owner, ...] = get_args(Owner)
-#: In the order of the cycle.
-PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
+#: The SOP's, which every cycle has, in its order; then those of a profile with ``cycle.release_weights``.
+PHASES: tuple[PhaseName, ...] = get_args(PhaseName)[:8]
+WEIGHTS_PHASES: tuple[PhaseName, ...] = get_args(PhaseName)[8:]
 
 
 class _Part(BaseModel):
@@ -149,7 +161,28 @@ class RebuildInfo(_Part):
     nonzero_slots: tuple[str, ...] = ()
 
 
-PhaseInfo = Annotated[DropInfo | Params2Info | RebuildInfo, Field(discriminator="kind")]
+class WeightsReleasedInfo(_Part):
+    """The release of the weights: what was deleted, what host memory keeps, and a digest of every array before it."""
+
+    kind: Literal["weights_released"] = "weights_released"
+    arrays: Count
+    deleted_arrays: Count
+    host_bytes: Bytes
+    digests: dict[str, str]
+
+
+class WeightsResumedInfo(_Part):
+    """The resume: a digest of every array after it, and how many of the model's own parameters are those arrays."""
+
+    kind: Literal["weights_resumed"] = "weights_resumed"
+    digests: dict[str, str]
+    model_params: Count
+    model_shared: Count
+
+
+PhaseInfo = Annotated[
+    DropInfo | Params2Info | RebuildInfo | WeightsReleasedInfo | WeightsResumedInfo, Field(discriminator="kind")
+]
 
 
 class Phase(_Part):
@@ -193,7 +226,7 @@ class SwapInfo(_Part):
 class Cycle(_Part):
     """One pass through the phases, in their order; a cycle that ended early, or left one out, lacks some."""
 
-    phases: tuple[Phase, ...] = Field(max_length=len(PHASES))
+    phases: tuple[Phase, ...] = Field(max_length=len(PHASES + WEIGHTS_PHASES))
     swap: SwapInfo | None = None
     #: Bytes of owner "other" by device at the idle points before the drop, and at those after the rebuild: what the
     #: engine keeps of its last batch differs by an array of a few bytes from one generation to the next.
@@ -203,7 +236,7 @@ class Cycle(_Part):
     @model_validator(mode="after")
     def _phases_are_in_order(self) -> Cycle:
         names = [phase.name for phase in self.phases]
-        if names != [name for name in PHASES if name in names]:
+        if names != [name for name in PHASES + WEIGHTS_PHASES if name in names]:
             raise ValueError(f"the phases are not in the cycle's order, each once: {', '.join(names)}")
         return self
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 
 from kvcycle.checks import controls, generation, memory, rebuild
 from kvcycle.checks.soak import SOAK_CHECKS
+from kvcycle.checks.weights import WEIGHTS_CHECKS
 from kvcycle.record import Record, Verdict
 
 Check = Callable[[Record], Iterator[Verdict]]
 
-#: Every check by id: in the order of the cycle, then the controls, then the soak's, silent on a record without one.
+#: Every check by id: in the order of the cycle, then the controls, then the soak's. The weights' and the soak's are
+#: silent on a record that was to have neither.
 CHECKS: dict[str, Check] = {
     "drop.frees_kv": memory.drop_frees_kv,
     "drop.deletes_every_buffer": memory.drop_deletes_every_buffer,
@@ -32,6 +34,7 @@ CHECKS: dict[str, Check] = {
     "generate.same_output": generation.same_output,
     "generate.no_stale_prefix": generation.no_stale_prefix,
     "cycles.no_growth": memory.cycles_no_growth,
+    **WEIGHTS_CHECKS,
     "controls.witness_sees_allocation": controls.witness_sees_allocation,
     "controls.witness_saw_boot": controls.witness_saw_boot,
     "controls.witnesses_agree": controls.witnesses_agree,
@@ -54,4 +57,4 @@ def passed(verdicts: list[Verdict]) -> bool:
     return bool(verdicts) and all(verdict.verdict in ("pass", "not-run") for verdict in verdicts)
 
 
-__all__ = ["CHECKS", "SOAK_CHECKS", "Check", "judge", "passed"]
+__all__ = ["CHECKS", "SOAK_CHECKS", "WEIGHTS_CHECKS", "Check", "judge", "passed"]

@@ -11,7 +11,7 @@ from kvcycle.record import Generate, Record, Verdict, When
 from kvcycle.text import seconds
 
 
-def _failed(*controls: Iterator[Verdict]) -> str | None:
+def failed_control(*controls: Iterator[Verdict]) -> str | None:
     """The first control that did not pass, as the reason why a pass would prove nothing."""
     for control in controls:
         for verdict in control:
@@ -31,7 +31,7 @@ def no_compile(record: Record) -> Iterator[Verdict]:
     if (verdict := left_out(check, record)) is not None:
         yield verdict
         return
-    blind = _failed(compiles_are_counted(record))
+    blind = failed_control(compiles_are_counted(record))
     causes = (
         "a rebuilt buffer differs in layout (see rebuild.same_layout)",
         "jax.clear_caches() was called, or the pool's static attributes changed",
@@ -93,7 +93,7 @@ def below_threshold(record: Record) -> Iterator[Verdict]:
         yield verdict
         return
     limits = thresholds_s(record)
-    blind = _failed(recompilation_is_seen(record))
+    blind = failed_control(recompilation_is_seen(record))
     for index, _ in enumerate(record.cycles):
         after = _after_rebuild(record, index)
         if after is None or limits is None:
@@ -115,14 +115,19 @@ def below_threshold(record: Record) -> Iterator[Verdict]:
 
 def same_output(record: Record) -> Iterator[Verdict]:
     """Greedy output after the rebuild, and after the swap back, equals the warm one: ids, and log-probabilities."""
-    check = "generate.same_output"
+    parts: tuple[tuple[When, str], ...] = (("after_rebuild", "generate"), ("after_swap_back", "swap_back"))
+    cause = "the rebuilt cache, or the weights, are not what they were"
+    yield from output_as_warm("generate.same_output", record, parts, cause)
+
+
+def output_as_warm(check: str, record: Record, parts: tuple[tuple[When, str], ...], cause: str) -> Iterator[Verdict]:
+    """Whether in every cycle the generations of these kinds equal the warm one; ``parts`` names their scopes."""
     if (verdict := left_out(check, record)) is not None:
         yield verdict
         return
     warm = record.generates_when("warm")
-    blind = _failed(output_varies(record))
+    blind = failed_control(output_varies(record))
     allowed = float(record.profile.get("tolerances", {}).get("logprob", 0.0))
-    parts: tuple[tuple[When, str], ...] = (("after_rebuild", "generate"), ("after_swap_back", "swap_back"))
     for index, _ in enumerate(record.cycles):
         for when, part in parts:
             found = record.generates_when(when, index)
@@ -140,7 +145,7 @@ def same_output(record: Record) -> Iterator[Verdict]:
                 measured=different,
                 unit="tokens",
                 what=f"token ids (of {len(before.token_ids)}) unlike the warm generation's{_first(before, after)}",
-                causes=("the rebuilt cache, or the weights, are not what they were",),
+                causes=(cause,),
                 blind=blind,
             )
             yield _same_logprobs(check, scope(index, part=f"{part}_logprobs"), before, after, allowed, blind)
@@ -177,7 +182,7 @@ def no_stale_prefix(record: Record) -> Iterator[Verdict]:
     if (verdict := left_out(check, record)) is not None:
         yield verdict
         return
-    blind = _failed(prefix_hit_is_seen(record))
+    blind = failed_control(prefix_hit_is_seen(record))
     for index, _ in enumerate(record.cycles):
         after = _after_rebuild(record, index)
         if after is None:

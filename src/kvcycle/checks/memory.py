@@ -10,7 +10,7 @@ from kvcycle.record import DeviceUse, DropInfo, Params2Info, PhaseName, Record, 
 from kvcycle.text import exact_bytes
 
 
-def _device_changes(
+def device_changes(
     check: str,
     record: Record,
     before_name: PhaseName,
@@ -88,7 +88,7 @@ def _kv_expectation(record: Record) -> dict[int, int]:
 def drop_frees_kv(record: Record) -> Iterator[Verdict]:
     """On every device, by every witness, the drop frees exactly the predicted KV bytes."""
     expected = {device: -size for device, size in _kv_expectation(record).items()}
-    yield from _device_changes(
+    yield from device_changes(
         "drop.frees_kv",
         record,
         "flush_cache_before_kv_drop",
@@ -200,7 +200,7 @@ def params2_fits(record: Record) -> Iterator[Verdict]:
                 message=f"{scope(index)}: {phase.info.error}",
                 causes=("the freed memory is less than a second set, or too fragmented",),
             )
-    yield from _device_changes(
+    yield from device_changes(
         check,
         record,
         "kv_cache_dropped",
@@ -253,7 +253,7 @@ def params2_is_its_own_memory(record: Record) -> Iterator[Verdict]:
 
 def rebuild_restores_bytes(record: Record) -> Iterator[Verdict]:
     """On every device, by every witness, the rebuild takes exactly the predicted KV bytes."""
-    yield from _device_changes(
+    yield from device_changes(
         "rebuild.restores_bytes",
         record,
         "sglang_param_dict2_ready",

@@ -25,6 +25,8 @@ _JUDGED: dict[PhaseName, str] = {
     "sglang_param_dict2_ready": "params2.fits",
     "kv_cache_rebuilt": "rebuild.restores_bytes",
     "after_drop_param_dict2": "cycles.no_growth",
+    "weights_released": "weights.released_exact",
+    "weights_resumed": "weights.restored_exact",
 }
 #: Columns of a table that is written to a log or a file.
 LOG_WIDTH = 110
@@ -34,6 +36,7 @@ _WHEN: tuple[tuple[When, str], ...] = (
     ("cold", "cold (first)"),
     ("warm", "warm, median"),
     ("after_rebuild", "after the rebuild, slowest"),
+    ("after_weights", "after the weights, slowest"),
     ("after_clear_caches", "control: jax's caches cleared"),
 )
 
@@ -131,6 +134,8 @@ def _expected(record: Record, name: PhaseName) -> int | None:
         "sglang_param_dict2_ready": record.params.bytes_on_devices,
         "kv_cache_rebuilt": kv,
         "after_drop_param_dict2": -record.params.bytes_on_devices,
+        "weights_released": -record.params.bytes_on_devices,
+        "weights_resumed": record.params.bytes_on_devices,
     }
     return changes.get(name)
 
