@@ -294,7 +294,7 @@ class _Run:
         self.kv.flush()
 
     def _release_weights_and_resume(self, index: int) -> None:
-        """The engine's weights wait in host memory, and come back bit for bit: the other half of what an engine lends."""
+        """The engine's weights wait in host memory, and come back bit for bit."""
         weights = Weights(self.engine)
         with self._phase("weights_released") as told:
             before = digests(self.engine)

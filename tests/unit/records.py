@@ -10,6 +10,7 @@ from kvcycle.profile import CycleSpec, EngineArgs, ModelSpec, Profile
 from kvcycle.record import (
     KV,
     PHASES,
+    WEIGHTS_PHASES,
     Boot,
     Canary,
     Compiles,
@@ -29,6 +30,8 @@ from kvcycle.record import (
     Record,
     Stack,
     SwapInfo,
+    WeightsReleasedInfo,
+    WeightsResumedInfo,
     When,
     Witness,
 )
@@ -57,13 +60,19 @@ LAYOUT = Layout(
     weak_type=False,
 )
 SLOTS = tuple(f"token_to_kv_pool.kv_buffer[{index}]" for index in range(BUFFERS))
+DIGESTS = {f"{number} model.layers.{number}.scale": f"{number:032x}" for number in range(LEAVES)}
 
 #: From one of these phases on up to the cycle's last but one: a shift of all of them shows at the first alone.
 BORROWED: tuple[PhaseName, ...] = PHASES[3:7]
 
 
 def good_record(
-    cycles: int = 2, devices: int = 4, allocator: bool = False, kv_bytes: int = KV_BYTES, weights: int = WEIGHTS
+    cycles: int = 2,
+    devices: int = 4,
+    allocator: bool = False,
+    kv_bytes: int = KV_BYTES,
+    weights: int = WEIGHTS,
+    release_weights: bool = False,
 ) -> Record:
     """A record that passes every check: of a TPU with an allocator's statistics, or of virtual devices with RSS."""
     ids = range(devices)
@@ -71,11 +80,11 @@ def good_record(
         name="tiny",
         model=ModelSpec(path="builtin:tiny-qwen2"),
         engine=EngineArgs(tp_size=devices),
-        cycle=CycleSpec(cycles=cycles),
+        cycle=CycleSpec(cycles=cycles, release_weights=release_weights),
     )
 
-    def uses(kv: int, params2: int, booted: int = 1) -> tuple[DeviceUse, ...]:
-        own = {"weights": booted * weights, "kv": kv, "params2": params2, "other": booted * OTHER}
+    def uses(kv: int, params2: int, booted: int = 1, resident: bool = True) -> tuple[DeviceUse, ...]:
+        own = {"weights": booted * weights if resident else 0, "kv": kv, "params2": params2, "other": booted * OTHER}
         held = sum(own.values())
         return tuple(
             DeviceUse.model_validate(
@@ -105,12 +114,16 @@ def good_record(
         "kv_cache_rebuilt": RebuildInfo(
             layouts_before=dict.fromkeys(SLOTS, LAYOUT), layouts_after=dict.fromkeys(SLOTS, LAYOUT)
         ),
+        "weights_released": WeightsReleasedInfo(
+            arrays=LEAVES, deleted_arrays=LEAVES, host_bytes=weights * devices, digests=DIGESTS
+        ),
+        "weights_resumed": WeightsResumedInfo(digests=DIGESTS, model_params=LEAVES, model_shared=LEAVES),
     }
 
     def phase(number: int, name: PhaseName) -> Phase:
         dropped = name in ("kv_cache_dropped", "sglang_param_dict2_ready")
         borrowed = name in ("sglang_param_dict2_ready", "kv_cache_rebuilt", "generate_result_after_kv_rebuild")
-        devices_now = uses(0 if dropped else kv_bytes, weights if borrowed else 0)
+        devices_now = uses(0 if dropped else kv_bytes, weights if borrowed else 0, resident=name != "weights_released")
         held = sum(use.ledger_bytes for use in devices_now)
         return Phase(
             name=name,
@@ -123,7 +136,8 @@ def good_record(
         )
 
     def cycle(index: int) -> Cycle:
-        phases = (phase(8 * index + number, name) for number, name in enumerate(PHASES))
+        names = PHASES + WEIGHTS_PHASES if release_weights else PHASES
+        phases = (phase(len(names) * index + number, name) for number, name in enumerate(names))
         swap = SwapInfo(leaves=LEAVES, runner_shared=LEAVES, model_shared=LEAVES, model_params=LEAVES, restored=LEAVES)
         return Cycle(phases=tuple(phases), swap=swap)
 
@@ -141,6 +155,8 @@ def good_record(
         generates.append(generated("after_rebuild", index, 2.8))
         generates.append(generated("with_params2", index, 2.8, token_ids=OTHER_TOKENS))
         generates.append(generated("after_swap_back", index, 2.8))
+        if release_weights:
+            generates.append(generated("after_weights", index, 2.8))
     generates.append(generated("after_clear_caches", cycles - 1, 18.0, compiles=compiled))
 
     witnesses: tuple[Witness, ...] = ("ledger", "allocator") if allocator else ("ledger",)

@@ -16,7 +16,7 @@ from kvcycle import capacity, internals
 from kvcycle.checks import CHECKS, judge
 from kvcycle.checks.soak import MIN_CYCLES
 from kvcycle.cycle import run_cycle
-from kvcycle.faults import borrowing, dropping, generating, rebuilding, soaking, witnesses
+from kvcycle.faults import borrowing, dropping, generating, rebuilding, soaking, weights, witnesses
 from kvcycle.faults.catalogue import FAULTS, Fault, Run, Target
 from kvcycle.faults.witnesses import simulated_allocator
 from kvcycle.kv_cache import KVCache
@@ -24,14 +24,14 @@ from kvcycle.profile import Profile
 from kvcycle.record import Outcome, Record, Verdict, When
 from kvcycle.soak import soak_on
 
-_MODULES = (dropping, borrowing, rebuilding, generating, witnesses, soaking)
+_MODULES = (dropping, borrowing, rebuilding, generating, weights, witnesses, soaking)
 _GROUPS = [module.__name__.rpartition(".")[2] for module in _MODULES]
 #: Every fault, in the order of the cycle: the modules that plant registered them when they were imported.
 CATALOGUE: tuple[Fault, ...] = tuple(sorted(FAULTS, key=lambda fault: _GROUPS.index(fault.group)))
 
 #: What a campaign takes from its clean run: each of them compiles the model's steps anew.
 _COMPILING: tuple[When, ...] = ("cold", "after_clear_caches")
-_GENERATING: tuple[Run, ...] = ("generate", "cold", "recompile", "soak")
+_GENERATING: tuple[Run, ...] = ("generate", "cold", "recompile", "weights", "soak")
 _RED: tuple[Outcome, ...] = ("fail", "inconclusive")
 _WORST: tuple[Outcome, ...] = ("fail", "inconclusive", "pass", "not-run")
 
@@ -79,7 +79,9 @@ class Campaign:
         # Short, and with a threshold that a busy machine does not reach by itself: the stall that is planted does.
         self.profile = profile.model_copy(
             update={
-                "cycle": profile.cycle.model_copy(update={"cycles": 1, "max_new_tokens": 8, "warm_generates": 1}),
+                "cycle": profile.cycle.model_copy(
+                    update={"cycles": 1, "max_new_tokens": 8, "warm_generates": 1, "release_weights": True}
+                ),
                 "thresholds": profile.thresholds.model_copy(update={"latency_factor_of_warm": 10.0}),
             }
         )
@@ -95,7 +97,7 @@ class Campaign:
         """The red verdicts of a run into which nothing is planted: there may be none, or a campaign proves nothing."""
         with self._mended(), simulated_allocator() if run == "allocator" else nullcontext():
             # The whole cycle is the clean one of every run that generates.
-            record = self.clean if run in ("generate", "cold", "recompile") else self._record(run)
+            record = self.clean if run in ("generate", "cold", "recompile", "weights") else self._record(run)
         return [verdict for verdict in judge(record) if verdict.verdict in _RED]
 
     def run(self, fault: Fault) -> Result:
@@ -114,7 +116,12 @@ class Campaign:
         if run == "soak":
             return soak_on(self.target.engine, self.profile, self.clean, MIN_CYCLES)
         generate = run in _GENERATING
-        changes = {"generate": generate, "cycles": 2 if run == "cycles" else 1, "recompile_control": run == "recompile"}
+        changes = {
+            "generate": generate,
+            "cycles": 2 if run == "cycles" else 1,
+            "recompile_control": run == "recompile",
+            "release_weights": run == "weights",
+        }
         cycle = self.profile.cycle.model_copy(update=changes)
         record = run_cycle(self.target.engine, self.profile.model_copy(update={"cycle": cycle}))
         if not generate:
@@ -122,7 +129,9 @@ class Campaign:
         own: tuple[When, ...] = ("cold",) if run == "cold" else ("after_clear_caches",) if run == "recompile" else ()
         borrowed = [g for g in self.clean.generates if g.when in _COMPILING and g.when not in own]
         made = [g for g in record.generates if g.when not in _COMPILING or g.when in own]
-        return record.model_copy(update={"generates": tuple(borrowed + made), "profile": self.clean.profile})
+        # As if the controls had been made in this run; whether the weights were released stays its own.
+        profile = record.profile | {"cycle": record.profile["cycle"] | {"recompile_control": True}}
+        return record.model_copy(update={"generates": tuple(borrowed + made), "profile": profile})
 
     @contextmanager
     def _mended(self) -> Iterator[None]:

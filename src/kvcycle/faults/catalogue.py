@@ -17,8 +17,9 @@ from kvcycle.kv_cache import KVCache
 #: How a fault is run. "bytes": without generation. "cycles": two of them, without generation. "allocator": without
 #: generation, on devices whose allocator keeps statistics (simulated). "generate": with generation, the cold one and
 #: the recompile control taken from the clean run. "cold": with a cold generation of its own. "recompile": with a
-#: recompile control of its own. "soak": the shortest soak, after a clean cycle.
-Run = Literal["bytes", "cycles", "allocator", "generate", "cold", "recompile", "soak"]
+#: recompile control of its own. "weights": as "generate", and the weights are released and resumed. "soak": the
+#: shortest soak, after a clean cycle.
+Run = Literal["bytes", "cycles", "allocator", "generate", "cold", "recompile", "weights", "soak"]
 
 
 @dataclass(frozen=True)

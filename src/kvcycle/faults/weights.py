@@ -1,0 +1,188 @@
+"""Faults of the weights' release and resume: bytes that stay, bits or layouts that change, one owner forgotten."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kvcycle import internals
+from kvcycle import weights as module
+from kvcycle.faults.catalogue import Answer, Target, deletes, fault, wrapped
+from kvcycle.weights import Weights
+
+_RELEASED, _RESTORED, _BITS = "weights.released_exact", "weights.restored_exact", "weights.restored_bits"
+_OUTPUT, _COMPILES = "weights.same_output", "weights.no_compile"
+
+
+def _holder(target: Target) -> Any:
+    return Weights(target.engine)._holder
+
+
+@contextmanager
+def _resumed_as(target: Target, change: Callable[[list[jax.Array]], Sequence[jax.Array]]) -> Iterator[None]:
+    """Let the resume put ``change(arrays)`` into the engine; what it leaves out of the allocated is freed."""
+
+    def allocate(original: Callable[..., list[jax.Array]], *kept: Any) -> list[jax.Array]:
+        arrays = original(*kept)
+        changed = list(jax.block_until_ready(change(arrays)))
+        staying = {id(array) for array in changed}
+        for array in arrays:
+            if id(array) not in staying:
+                array.delete()
+        return changed
+
+    with wrapped(_holder(target), "_allocate", allocate):
+        yield
+
+
+@contextmanager
+def _after_resume(target: Target, act: Callable[[], None]) -> Iterator[None]:
+    """Do something on the scheduler's thread right after the weights are back."""
+
+    def resume(original: Callable[..., None], *update: Any) -> None:
+        original(*update)
+        act()
+
+    with wrapped(_holder(target), "resume", resume):
+        yield
+
+
+@fault(_RELEASED, run="weights", also=(_RESTORED,), says="an array of the weights is still held elsewhere")
+def an_array_of_the_weights_survives_its_delete(target: Target) -> Iterator[None]:
+    """delete() does nothing to one array of the weights."""
+    survivor = target.weights[0]
+
+    def delete(array: jax.Array, original: Callable[[jax.Array], None]) -> None:
+        if array is not survivor:
+            original(array)
+
+    with deletes(delete, target):
+        yield
+    survivor.delete()
+
+
+@fault(_RELEASED, _RESTORED, run="weights", says="a copy of it is alive on the device")
+def the_weights_are_kept_on_the_device(target: Target) -> Iterator[None]:
+    """The copy that should be the host's is one on the devices."""
+    copies: list[jax.Array] = []
+
+    def copied(original: Callable[..., Any], arrays: Sequence[jax.Array]) -> Any:
+        copies.extend(jax.block_until_ready([jnp.copy(array) for array in arrays]))
+        return original(arrays)
+
+    def forget() -> None:
+        for copy in copies:
+            copy.delete()
+        copies.clear()
+
+    with wrapped(module, "_copied_to_host", copied), _after_resume(target, forget):
+        yield
+
+
+@fault(_RESTORED, run="weights", says="the resume left a copy alive on the device")
+def the_resume_leaves_a_copy(target: Target) -> Iterator[None]:
+    """What was put on the devices on the way to the weights' places stays there."""
+    stayed: list[jax.Array] = []
+
+    def stage(arrays: list[jax.Array]) -> list[jax.Array]:
+        stayed.append(jax.device_put(np.zeros(4096, np.uint8), jax.local_devices()[1]))
+        return arrays
+
+    with _resumed_as(target, stage):
+        yield
+    for array in stayed:
+        array.delete()
+
+
+@fault(_BITS, run="weights", also=(_OUTPUT,), says="arrays (of 51) that are not what they were; first: 0 lm_head")
+def one_bit_of_the_weights_changes(target: Target) -> Iterator[None]:
+    """One bit of one array flips while it waits in host memory."""
+
+    def flip(original: Callable[..., Any], arrays: Sequence[jax.Array]) -> Any:
+        kept = original(arrays)
+        block = next(iter(kept[0]._blocks.values()))
+        block.reshape(-1).view(np.uint8)[-1] ^= 1
+        return kept
+
+    with wrapped(module, "_copied_to_host", flip):
+        yield
+
+
+@fault(_BITS, _OUTPUT, run="weights", says="the resumed weights are not what they were")
+def the_weights_of_two_layers_change_places(target: Target) -> Iterator[None]:
+    """Two layers get each other's weights: every array is of the right shape, and the bytes are the same."""
+    names = internals.weight_names(target.engine)
+    places = {names[id(leaf)]: number for number, leaf in enumerate(target.weights)}
+    pairs = [(places[name], places[name.replace("layers.0.", "layers.3.")]) for name in places if "layers.0." in name]
+
+    def exchange(arrays: list[jax.Array]) -> list[jax.Array]:
+        changed = list(arrays)
+        for one, other in pairs:
+            changed[one], changed[other] = arrays[other], arrays[one]
+        return changed
+
+    with _resumed_as(target, exchange):
+        yield
+
+
+@fault(_BITS, run="weights", says="only one of the weights' two owners was given the arrays")
+def the_model_is_not_given_its_weights(target: Target) -> Iterator[None]:
+    """Only the runner's list gets the resumed arrays; the model keeps the deleted ones, and generates all the same."""
+
+    def set_weights(_: Callable[..., None], engine: Any, leaves: Sequence[jax.Array]) -> None:
+        internals.runner_of(engine).model_state_leaves = list(leaves)
+
+    variables = internals.model_variables(target.engine)
+    before = [variable.get_value() for variable in variables]
+    number = {id(leaf): place for place, leaf in enumerate(target.weights)}
+    with wrapped(internals, "set_weights", set_weights), mock.patch.object(internals, "model_variables", lambda _: []):
+        yield
+    for variable, old in zip(variables, before, strict=True):
+        variable.set_value(target.weights[number[id(old)]])
+
+
+@fault(_OUTPUT, run="weights", says="log-probabilities differ from the warm generation's by at most 0.015625")
+def the_output_changes_with_the_resume(target: Target) -> Iterator[None]:
+    """One log-probability of the generation after the resume is off by a bit; the weights' bits are the same."""
+    fresh: list[bool] = []
+
+    def generate(original: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
+        answer = original(*args, **kwargs)
+        if fresh:
+            fresh.clear()
+            output = answer["meta_info"]["output_token_logprobs"]
+            output[3] = (output[3][0] + 2**-6, *output[3][1:])
+        return answer
+
+    with _after_resume(target, lambda: fresh.append(True)), wrapped(target.engine, "generate", generate):
+        yield
+
+
+@fault(_COMPILES, run="weights", says="compilations and traces while resuming the weights")
+def a_resume_that_compiles(target: Target) -> Iterator[None]:
+    """The resume jits something anew."""
+    with _after_resume(target, lambda: jax.jit(lambda x: x + time.perf_counter())(1.0).delete()):
+        yield
+
+
+@fault(_COMPILES, _BITS, run="weights", says="an array came back with another sharding")
+def a_resume_that_drops_an_axis(target: Target) -> Iterator[None]:
+    """Replicated arrays come back with a spec that names no axis: the same bytes, and the forward compiles again."""
+
+    def respelled(array: jax.Array) -> jax.Array:
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding)
+        if not sharding.is_fully_replicated:
+            return array
+        return jax.device_put(np.array(array), NamedSharding(sharding.mesh, PartitionSpec()))
+
+    with _resumed_as(target, lambda arrays: [respelled(array) for array in arrays]):
+        yield
