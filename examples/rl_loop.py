@@ -2,8 +2,8 @@
 
     python examples/rl_loop.py        # the tiny profile on virtual CPU devices, in about a minute
 
-The engine lends its KV cache to a copy of the weights for training, then its own weights to the training step, and takes
-the trained ones. The two calls are sglang's; kvcycle makes them work. The train step is plain jax.
+The engine lends its KV cache to a copy of the weights for training, then its own weights to the training step, and
+takes the trained ones. The two calls are sglang's; kvcycle makes them work. The train step is plain jax.
 """
 
 from __future__ import annotations

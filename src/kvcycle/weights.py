@@ -106,7 +106,7 @@ class _Holder:
     def __init__(self, channel: inband.Channel) -> None:
         self.channel = channel
         self._released = False
-        self._kept: list[_HostCopy] = []
+        self._kept: list[HostCopy] = []
         self._keeps_all = True
         #: The id() of the runner's arrays that were released; the deleted arrays live on in ``_kept`` and in the model.
         self._of_leaves: set[int] = set()
@@ -172,7 +172,7 @@ class _Holder:
         self._kept, self._released = [], False
         self.channel.lacking.discard(_WEIGHTS)
 
-    def _allocate(self, kept: list[_HostCopy]) -> list[jax.Array]:
+    def _allocate(self, kept: list[HostCopy]) -> list[jax.Array]:
         needed: dict[int, int] = {}
         for copy in kept:
             for device, size in copy.bytes_by_device.items():
@@ -222,7 +222,7 @@ class _Holder:
         )
 
 
-class _HostCopy:
+class HostCopy:
     """One device array as blocks in host memory, and how to make it again where it was; ``of`` is that array."""
 
     def __init__(self, array: jax.Array) -> None:
@@ -258,14 +258,14 @@ class _HostCopy:
         return jax.make_array_from_single_device_arrays(self._spec.shape, self._spec.sharding, shards)
 
 
-def _copied_to_host(arrays: Sequence[jax.Array]) -> list[_HostCopy]:
+def _copied_to_host(arrays: Sequence[jax.Array]) -> list[HostCopy]:
     needed, free = sum(array.nbytes for array in arrays), host_memory.free_bytes()
     if needed > free:
         raise WeightsStateError(
             f"The weights cannot be kept in host memory: they need {exact_bytes(needed)}, and {exact_bytes(free)} "
             "is free. Nothing was released. Discard them, where a training step has new ones (keep=False)."
         )
-    return [_HostCopy(array) for array in arrays]
+    return [HostCopy(array) for array in arrays]
 
 
 def digests(engine: Any) -> dict[str, str]:

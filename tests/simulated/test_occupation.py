@@ -191,8 +191,8 @@ def test_discarded_weights_need_new_ones(live_engine: Any, occupation: kvcycle.M
     [
         (
             [], "release", ["weight"],
-            "release_memory_occupation(tags=['weight']): 'weight' is no tag (did you mean 'weights'?); there are "
-            "kv_cache, weights, cuda_graph, and None for all.",
+            ("release_memory_occupation(tags=['weight']): 'weight' is no tag (did you mean 'weights'?); there are "
+             "kv_cache, weights, cuda_graph, and None for all."),
         ),
         (
             [], "release", "kv_cache",
@@ -200,23 +200,23 @@ def test_discarded_weights_need_new_ones(live_engine: Any, occupation: kvcycle.M
         ),
         (
             ["weights"], "release", ["kv_cache", "weights"],
-            "release_memory_occupation(tags=['kv_cache', 'weights']): 'weights' is released already, so nothing was "
-            "released; call resume_memory_occupation(tags=['weights']) first.",
+            ("release_memory_occupation(tags=['kv_cache', 'weights']): 'weights' is released already, so nothing was "
+             "released; call resume_memory_occupation(tags=['weights']) first."),
         ),
         (
             None, "release", None,
-            "release_memory_occupation() was called, and everything is released already; call "
-            "resume_memory_occupation() first.",
+            ("release_memory_occupation() was called, and everything is released already; call "
+             "resume_memory_occupation() first."),
         ),
         (
             ["kv_cache"], "resume", ["weights", "kv_cache"],
-            "resume_memory_occupation(tags=['weights', 'kv_cache']): 'weights' is resident already, so nothing was "
-            "resumed; call release_memory_occupation(tags=['weights']) first.",
+            ("resume_memory_occupation(tags=['weights', 'kv_cache']): 'weights' is resident already, so nothing was "
+             "resumed; call release_memory_occupation(tags=['weights']) first."),
         ),
         (
             [], "resume", None,
-            "resume_memory_occupation() was called, and everything is resident already; call "
-            "release_memory_occupation() first.",
+            ("resume_memory_occupation() was called, and everything is resident already; call "
+             "release_memory_occupation() first."),
         ),
     ],
     ids=["no-tag", "no-list", "released-twice", "all-released-twice", "resumed-half", "resumed-without-release"],
@@ -310,7 +310,7 @@ def test_an_allocation_that_fails_half_way_leaves_nothing_behind(
 ) -> None:
     live_engine.release_memory_occupation(tags=["weights"])
     before = in_use()
-    restore, calls = weights_module._HostCopy.restore, iter(range(100))
+    restore, calls = weights_module.HostCopy.restore, iter(range(100))
 
     def exhausted(copy: Any) -> jax.Array:
         if next(calls) == 20:
@@ -318,7 +318,7 @@ def test_an_allocation_that_fails_half_way_leaves_nothing_behind(
         return restore(copy)
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights_module._HostCopy, "restore", exhausted)
+        patch.setattr(weights_module.HostCopy, "restore", exhausted)
         with pytest.raises(ParamSetError, match="RESOURCE_EXHAUSTED: planted"):
             live_engine.resume_memory_occupation()
     assert change(before) == {0}

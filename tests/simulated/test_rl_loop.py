@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 
 KV_BYTES = 33_556_480
 WEIGHTS = 5_526_528
@@ -28,7 +29,7 @@ def test_the_loop_gives_back_every_byte_and_the_rollout_follows_the_weights(
     rows = re.findall(r"^ *([\w' ,]+?) {2,}([\d, ]+)$", done.stdout, re.MULTILINE)
     table = [(step, [int(size.replace(",", "")) for size in sizes.split()]) for step, sizes in rows]
     assert [step for step, _ in table] == ["rollout 0", *STEPS, "rollout 1", *STEPS, "rollout 2"]
-    for (_, before), (step, after) in zip(table, table[1:], strict=False):
+    for (_, before), (step, after) in pairwise(table):
         if step in STEPS:
             assert [b - a for a, b in zip(before, after, strict=True)] == [STEPS[step]] * 4, step
     lines = [line for line in done.stdout.splitlines() if re.match(r"(bytes in use|(  )?[\w' ,]+ {2,}[\d,]+ )", line)]

@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from kvcycle.checks import CHECKS, SOAK_CHECKS, judge, passed
+from kvcycle.checks import CHECKS, SOAK_CHECKS, WEIGHTS_CHECKS, judge, passed
 from kvcycle.record import PHASES, Compiles, Phase, PhaseName, RebuildInfo, Record, Verdict, When
 from tests.unit.records import (
     BORROWED,
@@ -37,8 +37,8 @@ from tests.unit.records import (
     without_phase,
 )
 
-#: The checks that a record of cycles concerns; the soak's have tests of their own.
-OF_CYCLES = [check for check in CHECKS if check not in SOAK_CHECKS]
+#: The checks that every record of cycles concerns; the weights' and the soak's have tests of their own.
+OF_CYCLES = [check for check in CHECKS if check not in WEIGHTS_CHECKS | SOAK_CHECKS]
 
 ON_CPU = good_record()
 ON_TPU = good_record(allocator=True)
@@ -842,6 +842,7 @@ NEEDED_GENERATES: dict[When, set[str]] = {
     },
     "with_params2": {"generate.no_compile", "controls.output_follows_weights"},
     "after_swap_back": {"generate.no_compile", "generate.same_output"},
+    "after_weights": set(),
     "after_clear_caches": {"controls.recompilation_is_seen", "generate.below_threshold"},
 }
 

@@ -63,9 +63,11 @@ class Fault:
     message: str
     likely: str
     base: Record = ON_CPU
+    #: Tells apart what is planted for the same verdict.
+    what: str = ""
 
     def __str__(self) -> str:
-        return f"{self.check}[{self.name}]"
+        return f"{self.check}[{self.name}]{self.what}"
 
 
 def compiled(record: Record, **work: int) -> Record:
@@ -135,6 +137,7 @@ FAULTS = [
         "cycle0: arrays (of 51) that are not what they were; and 2 of the model's own parameters are other arrays than "
         "the runner's: 2, expected 0.",
         "only one of the weights' two owners was given the arrays: the runner's list, or the model",
+        what="-model",
     ),
     Fault(
         "weights.same_output",
@@ -171,7 +174,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_turns_its_check_red(fault: Fault) -> None:
     verdicts = judge(fault.plant(fault.base))
-    assert named(verdicts, "fail") == {str(fault)}
+    assert named(verdicts, "fail") == {f"{fault.check}[{fault.name}]"}
     assert named(verdicts, "inconclusive") == set()
     verdict = only(verdicts, fault.check, fault.name)
     assert verdict.message == fault.message

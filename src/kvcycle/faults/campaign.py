@@ -23,6 +23,7 @@ from kvcycle.kv_cache import KVCache
 from kvcycle.profile import Profile
 from kvcycle.record import Outcome, Record, Verdict, When
 from kvcycle.soak import soak_on
+from kvcycle.weights import HostCopy
 
 _MODULES = (dropping, borrowing, rebuilding, generating, weights, witnesses, soaking)
 _GROUPS = [module.__name__.rpartition(".")[2] for module in _MODULES]
@@ -137,10 +138,13 @@ class Campaign:
     def _mended(self) -> Iterator[None]:
         """Leave the engine as it was: buffers of the first layout, an empty prefix cache, the first weights."""
         weights = self.target.weights
+        bits = [HostCopy(array) for array in weights]  # a run that releases the weights deletes these
         try:
             yield
         finally:
             capacity.simulate(None)
+            if any(array.is_deleted() for array in weights):
+                weights = [copy.restore() for copy in bits]
             if any(now is not then for now, then in zip(self.target.weights, weights, strict=True)):
                 internals.set_weights(self.target.engine, weights)
             self.target.kv._channel.call(self._rebuild_whatever_there_is, at="idle")
