@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from kvcycle import checkpoint
 from kvcycle.cli import app
-from kvcycle.record import PHASES, Record
+from kvcycle.record import PHASES, WEIGHTS_PHASES, Record
 from tests.simulated.planted import Ended, run_planted
 
 Suite = Callable[..., Ended]
@@ -143,7 +143,7 @@ def test_a_scheduler_that_dies_after_the_cycles_fails_the_last_test(suite: Suite
     ended = suite(after=plant)
     assert ended.code == 1, ended.output
     assert "The engine died after its cycles had been run: ZeroDivisionError: planted" in ended.cause()
-    assert ended.phases() == list(PHASES)
+    assert ended.phases() == [*PHASES, *WEIGHTS_PHASES]
 
 
 def test_a_sigquit_of_the_engine_to_this_process_is_an_error_of_the_running_test(suite: Suite) -> None:
@@ -157,7 +157,7 @@ def test_a_sigquit_to_the_parent_is_taken_by_the_guard_and_the_run_does_not_pass
     assert ended.code == 128 + signal.SIGQUIT, ended.output
     assert set(ended.outcomes()) == {"passed", "skipped"}
     assert "guard: SIGQUIT arrived" in ended.output
-    assert ended.phases() == list(PHASES)
+    assert ended.phases() == [*PHASES, *WEIGHTS_PHASES]
 
 
 # The device does not answer ------------------------------------------------------------------------------------------

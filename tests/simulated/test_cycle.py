@@ -11,7 +11,7 @@ import kvcycle
 from kvcycle.errors import ParamSetError, RebuildError
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet
-from kvcycle.record import PHASES, Params2Info, Record
+from kvcycle.record import PHASES, WEIGHTS_PHASES, Params2Info, Record
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_cycle_without_generation_passes_and_says_what_was_not_run(
     assert kvcycle.passed(verdicts)
     assert {v.id for v in verdicts if v.verdict == "not-run"} >= {"generate.no_compile", "generate.same_output"}
     assert record.evidence == "simulated-on-cpu"
-    assert [phase.name for phase in record.cycles[0].phases] == list(PHASES)
+    assert [phase.name for phase in record.cycles[0].phases] == [*PHASES, *WEIGHTS_PHASES]
     assert Record.load(tmp_path / "record.json") == record
     assert any("kv_cache_dropped" in line for line in lines)
 
