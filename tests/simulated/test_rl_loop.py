@@ -28,10 +28,12 @@ def test_the_loop_gives_back_every_byte_and_the_rollout_follows_the_weights(
     assert done.returncode == 0, done.stdout
     rows = re.findall(r"^ *([\w' ,]+?) {2,}([\d, ]+)$", done.stdout, re.MULTILINE)
     table = [(step, [int(size.replace(",", "")) for size in sizes.split()]) for step, sizes in rows]
-    assert [step for step, _ in table] == ["rollout 0", *STEPS, "rollout 1", *STEPS, "rollout 2"]
+    assert [step for step, _ in table] == ["rollout 0", *STEPS, "rollout 1", *STEPS, "rollout 2", "everything released"]
     for (_, before), (step, after) in pairwise(table):
         if step in STEPS:
             assert [b - a for a, b in zip(before, after, strict=True)] == [STEPS[step]] * 4, step
+    assert max(table[-1][1]) < 16_384
+    assert re.search(r"^what stays, summed over the devices: \w+\[[\d, ]+\] [\d,]+ B, ", done.stdout, re.MULTILINE)
     lines = [line for line in done.stdout.splitlines() if re.match(r"(bytes in use|(  )?[\w' ,]+ {2,}[\d,]+ )", line)]
     assert len({len(line) for line in lines}) == 1, lines  # the columns line up
 

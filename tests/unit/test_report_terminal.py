@@ -30,8 +30,12 @@ LEFT_OUT = edit_cycle(
 )
 #: The reference run's second size on four devices: the numbers are as wide as they get on a v4-8.
 WIDE = good_record(cycles=1, allocator=True, kv_bytes=9_663_750_144 // 4, weights=6_248_972_288 // 4)
+#: With the weights' release, whose rows are the widest names with the widest numbers.
+RELEASED = good_record(allocator=True, weights=6_248_972_288 // 4, release_weights=True)
 RECORDS = pytest.mark.parametrize(
-    "record", [GOOD, RED, BLIND, LEFT_OUT, WIDE], ids=["good", "failed", "inconclusive", "not-run", "wide"]
+    "record",
+    [GOOD, RED, BLIND, LEFT_OUT, WIDE, RELEASED],
+    ids=["good", "failed", "inconclusive", "not-run", "wide", "released"],
 )
 
 
@@ -92,6 +96,16 @@ def test_the_whole_table_where_there_is_room_for_it() -> None:
     assert [cell.strip() for cell in dropped.split("│")[1:-1]] == [
         "kv_cache_dropped", "22,106,528", "-134,225,920", "-134,225,920", "pass",
     ]  # fmt: skip
+
+
+def test_the_release_of_the_weights_has_its_rows() -> None:
+    text = shown(RELEASED, 120)
+    rows = {cells[0]: cells[2:] for line in text.splitlines() if len(cells := line.replace("│", " ").split()) == 5}
+    assert rows["weights_released"] == ["-6,248,972,288", "-6,248,972,288", "pass"]
+    assert rows["weights_resumed"] == ["+6,248,972,288", "+6,248,972,288", "pass"]
+    assert "after the weights, slowest" in text
+    assert "cycle 1: every change to the byte as in cycle 0." in text
+    assert "weights_" not in shown(GOOD)
 
 
 def test_a_good_run() -> None:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvcycle.checks import judge
-from kvcycle.record import PHASES, Compiles, Record, Verdict, When
+from kvcycle.record import PHASES, WEIGHTS_PHASES, Compiles, Record, Verdict, When
 from tests.unit.records import (
     BORROWED,
+    DIGESTS,
     LAYOUT,
     LOGPROBS,
     SLOTS,
@@ -132,6 +133,7 @@ def records() -> Iterator[tuple[str, Record]]:
     yield "one cycle of two", with_profile(cpu, "cycle", cycles=2)
     yield "empty", cpu.model_copy(update={"cycles": (), "generates": (), "canaries": (), "devices": (), "boot": None})
     yield from soaks()
+    yield from weights()
 
 
 def soaks() -> Iterator[tuple[str, Record]]:
@@ -153,6 +155,25 @@ def soaks() -> Iterator[tuple[str, Record]]:
     yield "a soak that ended early", edit_soak(soak, points=soak_of(soak).points[:4])
     yield "a soak that never began", edit_soak(soak, points=(), before=())
     yield "a soak of no device", soak.model_copy(update={"devices": ()})
+
+
+def weights() -> Iterator[tuple[str, Record]]:
+    """(what it is, the record of a run that releases its weights)."""
+    good = good_record(cycles=1, devices=1, release_weights=True)
+    yield "released weights", good
+    yield "released weights on a TPU", good_record(cycles=1, devices=1, allocator=True, release_weights=True)
+    wrong = shift(shift(good, ("weights_released",), 512, device=0), ("weights_resumed",), -512, device=0)
+    wrong = edit_info(wrong, "weights_released", deleted_arrays=3)
+    wrong = edit_info(wrong, "weights_resumed", digests=DIGESTS | {"new": "0"}, model_shared=1)
+    compiled = Compiles(trace=1, lower=2, backend=4)
+    wrong = edit_phase(wrong, "weights_resumed", lambda phase: phase.model_copy(update={"compiles": compiled}))
+    yield (
+        "weights that are all wrong",
+        edit_generates(wrong, "after_weights", token_ids=(1, 2, 3), logprobs=logprobs(), compiles=compiled),
+    )
+    for name in WEIGHTS_PHASES:
+        yield f"without {name}", without_phase(good, name)
+    yield "weights that were promised", with_profile(good_record(cycles=1, devices=1), "cycle", release_weights=True)
 
 
 def line(verdict: Verdict) -> str:

@@ -129,13 +129,23 @@ def no_compile(record: Record) -> Iterator[Verdict]:
     blind = failed_control(compiles_are_counted(record))
     for index, cycle in enumerate(record.cycles):
         phase, found = cycle.phase("weights_resumed"), record.generates_when("after_weights", index)
-        spans: tuple[tuple[str, Compiles | None, str], ...] = (
-            ("resume", phase.compiles if phase else None, "compilations and traces while resuming the weights"),
-            ("generate", found[0].compiles if found else None, "compilations in the generation after it"),
+        spans: tuple[tuple[str, Compiles | None, str, str], ...] = (
+            (
+                "resume",
+                phase.compiles if phase else None,
+                "compilations and traces while resuming the weights",
+                "the weights were not resumed",
+            ),
+            (
+                "generate",
+                found[0].compiles if found else None,
+                "compilations in the generation after it",
+                "there was no generation on the resumed weights",
+            ),
         )
-        for part, work, what in spans:
+        for part, work, what, missing in spans:
             if work is None:
-                yield unmeasured(check, scope(index, part=part), f"there was no {part} of or after the weights")
+                yield unmeasured(check, scope(index, part=part), missing)
                 continue
             yield count(
                 check,
