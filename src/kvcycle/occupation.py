@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -151,7 +151,7 @@ class MemoryOccupation:
                 self._kv.rebuild()
             self._graphs_released &= "cuda_graph" not in wanted
 
-    def _wanted(self, tags: Sequence[str] | None, verb: str, fits: Any) -> tuple[Tag, ...]:
+    def _wanted(self, tags: Sequence[str] | None, verb: str, fits: Callable[[Tag], bool]) -> tuple[Tag, ...]:
         call, other = f"{verb}_memory_occupation", "resume" if verb == "release" else "release"
         if isinstance(tags, str):
             raise MemoryOccupationError(f"{call}(tags={tags!r}): tags are a list; write tags=[{tags!r}].")

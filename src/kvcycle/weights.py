@@ -81,7 +81,7 @@ class Weights:
             EngineBusyError: requests are queued or running (with the counts); nothing was deleted.
             WeightsStateError: released already, or the host has no room for the copy; nothing was deleted.
         """
-        return self._channel.call(lambda: self._holder.release(keep), at="idle", timeout_s=_DRAIN_S + _RESUME_S)
+        return self._channel.call(lambda: self._holder.release(keep), at="idle", timeout_s=_DRAIN_S)
 
     def resume(self, update: ParamSet | Sequence[jax.Array] | None = None) -> None:
         """Give the engine its weights again, in both of their owners; compiles nothing.
