@@ -182,7 +182,8 @@ def a_resume_that_drops_an_axis(target: Target) -> Iterator[None]:
         assert isinstance(sharding, NamedSharding)
         if not sharding.is_fully_replicated:
             return array
-        return jax.device_put(np.array(array), NamedSharding(sharding.mesh, PartitionSpec()))
+        respelt: jax.Array = jax.device_put(np.array(array), NamedSharding(sharding.mesh, PartitionSpec()))
+        return respelt
 
     with _resumed_as(target, lambda arrays: [respelled(array) for array in arrays]):
         yield
