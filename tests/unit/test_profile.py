@@ -12,15 +12,8 @@ import pytest
 
 from kvcycle.checkpoint import TINY_QWEN2
 from kvcycle.errors import ProfileError
-from kvcycle.profile import (
-    ModelSpec,
-    Platform,
-    Profile,
-    load_profile,
-    parse_overrides,
-    profile_names,
-    server_args_fields,
-)
+from kvcycle.profile import ModelSpec, Platform, Profile
+from kvcycle.profile_file import load_profile, parse_overrides, profile_names, server_args_fields
 from kvcycle.sizing import predict_kv
 
 pytestmark = pytest.mark.usefixtures("config_cache")

@@ -5,7 +5,7 @@ After a change that is meant, write the file anew and read its diff: ``python -m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kvcycle.checks import judge
@@ -183,14 +183,18 @@ def line(verdict: Verdict) -> str:
     return f"{verdict.verdict} {verdict.id}[{verdict.name}] {figures}: {verdict.message}{likely}"
 
 
-def texts() -> str:
-    """All records' verdicts; of one that passes nearly everywhere, only those unlike the good record's."""
-    blocks, seen = [], set[str]()
-    for what, record in records():
+def blocks(all_records: Iterable[tuple[str, Record]]) -> Iterator[str]:
+    """Each record's verdicts, one a line; of one that passes nearly everywhere, only those unlike the ones before."""
+    seen = set[str]()
+    for what, record in all_records:
         lines = [line(verdict) for verdict in judge(record)]
-        blocks.append("\n".join([f"# {what}", *(entry for entry in lines if entry not in seen)]))
+        yield "\n".join([f"# {what}", *(entry for entry in lines if entry not in seen)])
         seen.update(lines)
-    return "\n\n".join(blocks) + "\n"
+
+
+def texts() -> str:
+    """The whole file."""
+    return "\n\n".join(blocks(records())) + "\n"
 
 
 def test_every_verdict_says_what_it_said() -> None:
