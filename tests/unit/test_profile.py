@@ -158,12 +158,12 @@ def test_overrides_reach_their_tables_and_leave_the_rest() -> None:
         (
             {"model.path": "/nowhere/model"},
             ("model.path='/nowhere/model' does not exist; name a folder with a config.json, a hub id (org/name), or "
-            "one of builtin:tiny-qwen2."),
+            "one of " + BUILTINS),
         ),
         (
             {"model.path": "model"},
             ("model.path='model' does not exist; name a folder with a config.json, a hub id (org/name), or one of "
-            "builtin:tiny-qwen2."),
+            BUILTINS),
         ),
     ],
     ids=str,
