@@ -135,6 +135,23 @@ def recurrent_pool_bytes(
     return layers * (slots + dp_size) * (state + projection * (conv_kernel - 1) * conv_item_bytes)
 
 
+def relay_buffer_bytes(
+    *, requests: int, dp_size: int, copies: int, steps: int = 0, hidden: int = 0, item_bytes: int = 0
+) -> int:
+    """Bytes of a draft worker's relay buffers: what a request's next step needs of its last, each on every device.
+
+    Args:
+        requests: entries of the request pool.
+        dp_size: data-parallel ranks.
+        copies: devices of one rank, tp_size / dp_size.
+        steps: draft steps whose best tokens are kept (``SpecRelayBuffers``; 0 for ``DFlashRelayBuffers``).
+        hidden: width of the hidden state that is kept; 0 as above.
+        item_bytes: bytes of one element of it.
+    """
+    # A verified token and a length, as int32, are in both kinds.
+    return dp_size * requests * (steps * 4 + hidden * item_bytes + 4 + 4) * copies
+
+
 def swa_tokens(
     max_total_tokens: int, *, full_layers: int, window_layers: int, ratio: float, alignment: int
 ) -> tuple[int, int]:

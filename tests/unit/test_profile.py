@@ -23,6 +23,8 @@ from kvcycle.profile import (
 )
 from kvcycle.sizing import predict_kv
 
+BUILTINS = "builtin:tiny-qwen2, builtin:tiny-qwen3, builtin:tiny-qwen3-moe, builtin:tiny-llama, builtin:tiny-gemma2."
+
 pytestmark = pytest.mark.usefixtures("config_cache")
 
 
@@ -151,8 +153,8 @@ def test_overrides_reach_their_tables_and_leave_the_rest() -> None:
             "engine.attention_backend='fa' does not run on CPU; set on_cpu.engine.attention_backend='native'.",
         ),
         (
-            {"model.path": "builtin:tiny-qwen"},
-            ("model.path='builtin:tiny-qwen': there is no built-in checkpoint of that name (did you mean "
+            {"model.path": "builtin:tiny-qwen2.5"},
+            ("model.path='builtin:tiny-qwen2.5': there is no built-in checkpoint of that name (did you mean "
             "'tiny-qwen2'?)."),
         ),
         (
@@ -163,7 +165,7 @@ def test_overrides_reach_their_tables_and_leave_the_rest() -> None:
         (
             {"model.path": "model"},
             ("model.path='model' does not exist; name a folder with a config.json, a hub id (org/name), or one of "
-            BUILTINS),
+            + BUILTINS),
         ),
     ],
     ids=str,
