@@ -114,6 +114,68 @@ BUILTIN: dict[str, dict[str, Any]] = {
     "tiny-gemma2": TINY_GEMMA2,
 }
 
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "num_attention_heads": 8,
+    "kv_lora_rank": 128,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "moe_intermediate_size": 256,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "rope_theta": 10000.0,
+}
+
+#: Models whose weights are not written, since on CPU they cannot generate: they boot with dummy weights.
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "tiny-deepseek-v3": _SHARED
+    | _LATENT
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "attention_bias": False,
+        "rope_scaling": None,
+    },
+    # Three layers of linear attention, which keep states, and one of latents.
+    "tiny-kimi-linear": _SHARED
+    | _LATENT
+    | {
+        "architectures": ["KimiLinearForCausalLM"],
+        "model_type": "kimi_linear",
+        "head_dim": 128,
+        "q_lora_rank": None,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "num_experts_per_token": 2,
+        "num_expert_group": 1,
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "use_grouped_topk": True,
+        "mla_use_nope": True,
+        "linear_attn_config": {
+            "kda_layers": [1, 2, 3],
+            "full_attn_layers": [4],
+            "num_heads": 8,
+            "head_dim": 64,
+            "short_conv_kernel_size": 4,
+        },
+    },
+    # A draft of one layer for the tiny Llama.
+    "tiny-llama-eagle3": TINY_LLAMA
+    | {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": 512},
+}
+
 
 def cache_root() -> Path:
     """The folder for generated checkpoints: ``$KVCYCLE_CACHE``, else ``kvcycle`` in the user's cache folder."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from kvcycle import checkpoint
+
 PAGE_SIZES = (1, 16, 128)
 TP_SIZES = (1, 2, 4, 8)
 DP_SIZES = (1, 2)
@@ -53,35 +55,25 @@ class PoolKind:
 POOLS = (
     PoolKind("mha", "MHATokenToKVPool", "kv_buffer", "Qwen2, Qwen3, Qwen3-MoE, Llama, …"),
     PoolKind("swa", "SWAKVPool", "two MHATokenToKVPool: window layers, full layers", "Gemma2, MiMo-V2, …"),
-    PoolKind(
-        "mla",
-        "MLATokenToKVPool",
-        "kv_buffer",
-        "DeepSeek-V3, …",
-        unbooted="only TPU kernels serve it",
-    ),
+    PoolKind("mla", "MLATokenToKVPool", "kv_buffer", "DeepSeek-V3, …"),
     PoolKind(
         "mla-indexer",
         "MLATokenToKVPool with an indexer",
         "kv_buffer, indexer_key_buffer",
         "DeepSeek sparse attention, GLM-5",
-        unbooted="only TPU kernels serve it",
+        unbooted="its backend asks for a TPU when it boots",
     ),
     PoolKind(
         "hybrid-mha",
         "HybridLinearKVPool (MHA), RecurrentStatePool",
         "kv_buffer; recurrent_buffers, conv_buffers",
-        "Qwen3.5, Bailing-linear",
-        predicted=False,
-        unbooted="only TPU kernels serve it",
+        "Qwen3.5, Bailing-linear; Kimi-Linear with the native backend",
     ),
     PoolKind(
         "hybrid-mla",
         "HybridLinearKVPool (MLA), RecurrentStatePool",
         "kv_buffer; recurrent_buffers, conv_buffers",
         "Kimi-Linear",
-        predicted=False,
-        unbooted="only TPU kernels serve it",
     ),
     PoolKind(
         "draft",
@@ -127,8 +119,13 @@ class EngineRun:
     engine: Mapping[str, Any] = field(default_factory=dict)
     cycle: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config."""
+        return (checkpoint.BUILTIN | checkpoint.GEOMETRIES)[self.model]
+
     def overrides(self) -> dict[str, Any]:
-        """What the run changes of the profile ``tiny``."""
+        """What the run changes of the profile ``tiny``; for a model without weights, all but where its config is."""
         geometry = {name: getattr(self.geometry, name) for name in ("page_size", "tp_size", "dp_size", "dtype")}
         engine = {"max_total_tokens": 4096} | geometry | dict(self.engine)
         # One prompt must fill a page, or the prefix cache is never hit and the control of it fails.
@@ -137,8 +134,13 @@ class EngineRun:
         cycle = {"cycles": 1, "generate": self.generate, "prompt": prompt, "warm_generates": 1}
         cycle |= {"recompile_control": False} | dict(self.cycle)
         return (
-            {"model.path": f"builtin:{self.model}"}
+            ({} if self.model in checkpoint.GEOMETRIES else {"model.path": f"builtin:{self.model}"})
             | {f"engine.{key}": value for key, value in engine.items()}
+            | (
+                {"on_cpu.engine": {"attention_backend": backend}}
+                if (backend := engine.get("attention_backend"))
+                else {}
+            )
             | {f"cycle.{key}": value for key, value in cycle.items()}
         )
 
@@ -175,6 +177,40 @@ ENGINE_RUNS = (
     EngineRun("llama-tp8", "tiny-llama", Geometry(128, 8, 1, _FP32), generate=False),
     EngineRun("gemma2", "tiny-gemma2", Geometry(1, 4, 1, _BF16), generate=False, pool="swa"),
     EngineRun("gemma2-dp2", "tiny-gemma2", Geometry(16, 8, 2, _FP32), generate=False, pool="swa"),
+    EngineRun(
+        "deepseek-v3",
+        "tiny-deepseek-v3",
+        Geometry(1, 2, 1, _BF16),
+        generate=False,
+        pool="mla",
+        engine={"attention_backend": "fa"},
+    ),
+    EngineRun(
+        "deepseek-v3-dp2",
+        "tiny-deepseek-v3",
+        Geometry(16, 4, 2, _BF16),
+        generate=False,
+        pool="mla",
+        engine={"attention_backend": "fa"},
+    ),
+    EngineRun(
+        "kimi-linear",
+        "tiny-kimi-linear",
+        Geometry(1, 2, 1, _BF16),
+        generate=False,
+        pool="hybrid-mla",
+        also="radix cache off",
+        engine={"attention_backend": "fa", "disable_radix_cache": True},
+    ),
+    EngineRun(
+        "kimi-linear-native",
+        "tiny-kimi-linear",
+        Geometry(16, 4, 2, _FP32),
+        generate=False,
+        pool="hybrid-mha",
+        also="radix cache off",
+        engine={"attention_backend": "native", "disable_radix_cache": True},
+    ),
     EngineRun(
         "eagle3",
         "tiny-llama",

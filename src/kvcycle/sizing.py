@@ -174,9 +174,9 @@ def predict_kv(config: Mapping[str, Any], engine: Mapping[str, Any]) -> KVPredic
             ``kv_cache_dtype`` and ``dtype`` are read; sglang-jax's defaults hold for what is missing.
 
     Returns:
-        The prediction, or None where config arithmetic does not decide it: a model whose pools it does not know
-        (hybrid linear ones among them, whose state pool the engine sizes), a capacity that the engine takes from free
-        memory (no ``max_total_tokens``), a draft model beside it.
+        The prediction, or None where config arithmetic does not decide it: a model whose pools it does not know, a
+        capacity that the engine takes from free memory (no ``max_total_tokens``; for recurrent states neither
+        ``max_recurrent_state_size`` nor a ``max_running_requests`` without radix cache), a draft model beside it.
     """
     if engine.get("max_total_tokens") is None or engine.get("speculative_algorithm"):
         return None
@@ -192,6 +192,16 @@ def predict_kv(config: Mapping[str, Any], engine: Mapping[str, Any]) -> KVPredic
         total, formula = _sliding_window(config, engine, tokens, page, dp, tp, item)
     elif model in MLA_MODELS and (engine.get("attention_backend") or "fa") in ("fa", "dsa_sparse"):
         total, formula = _latent(config, engine, tokens, page, dp, tp, item)
+    elif model == "kimi_linear" and (slots := _state_slots(engine)) is not None:
+        states, of_states = _states(config, slots, dp)
+        if (engine.get("attention_backend") or "fa") == "native":  # which unfolds the latents into heads
+            head_dim = int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"])
+            layers = int(config["num_hidden_layers"]) - len(config["linear_attn_config"]["kda_layers"])
+            unfolded = dict(config) | {"head_dim": head_dim, "num_hidden_layers": layers}
+            total, formula = _plain(unfolded, tokens, page, dp, tp, item)
+        else:
+            total, formula = _latent(config, engine, tokens, page, dp, tp, item)
+        total, formula = total + states, f"{formula} + {of_states}"
     else:
         return None
     return KVPrediction(total_bytes=total, bytes_per_device=total // tp, formula=f"{formula} = {total:,} B")
@@ -253,7 +263,8 @@ def _sliding_window(
 def _latent(
     config: Mapping[str, Any], engine: Mapping[str, Any], tokens: int, page: int, dp: int, tp: int, item: int
 ) -> tuple[int, str]:
-    layers = int(config["num_hidden_layers"])
+    # Layers of linear attention keep a state instead.
+    layers = int(config["num_hidden_layers"]) - len((config.get("linear_attn_config") or {}).get("kda_layers", ()))
     lora_rank, rope_dim = int(config["kv_lora_rank"]), int(config["qk_rope_head_dim"])
     indexers = indexer_dim = 0
     if engine.get("attention_backend") == "dsa_sparse":
@@ -267,6 +278,29 @@ def _latent(
     return total, (
         f"{tp // dp} copies of {(tokens + page * dp) // page} pages x {-(-page // packing) * packing} rows x ({layers} "
         f"layers x ({lanes(lora_rank)} + {lanes(rope_dim)}) + {indexers} indexers x {lanes(indexer_dim)}) x {item} B"
+    )
+
+
+def _state_slots(engine: Mapping[str, Any]) -> int | None:
+    """States of all requests where the arguments say how many; else the engine takes them from free memory."""
+    if (engine.get("attention_backend") or "fa") not in ("fa", "native"):
+        return None
+    if (slots := engine.get("max_recurrent_state_size")) is not None:
+        return int(slots)
+    requests = engine.get("max_running_requests")
+    return int(requests) if engine.get("disable_radix_cache") and requests is not None else None
+
+
+def _states(config: Mapping[str, Any], slots: int, dp: int) -> tuple[int, str]:
+    linear = config["linear_attn_config"]
+    layers, heads, head_dim = len(linear["kda_layers"]), int(linear["num_heads"]), int(linear["head_dim"])
+    kernel = int(linear["short_conv_kernel_size"])
+    total = recurrent_pool_bytes(
+        layers=layers, slots=slots, dp_size=dp, heads=heads, head_dim=head_dim, conv_kernel=kernel
+    )
+    return total, (
+        f"{layers} linear layers x ({slots} states + {dp} of padding) x {heads} heads x {head_dim} x ({head_dim} x 4 B "
+        f"of state + 3 x {kernel - 1} x 2 B of convolution)"
     )
 
 

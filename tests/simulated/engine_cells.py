@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import kvcycle
@@ -15,20 +16,17 @@ from kvcycle import checkpoint, internals, pools
 from kvcycle.compatibility import ENGINE_RUNS, EngineRun
 from kvcycle.record import DropInfo
 
-#: A draft of one layer for the tiny Llama. Its weights are dummies, as the target's are then: none is written.
-_EAGLE3 = checkpoint.TINY_LLAMA | {
-    "architectures": ["LlamaForCausalLMEagle3"],
-    "num_hidden_layers": 1,
-    "draft_vocab_size": checkpoint.TINY_LLAMA["vocab_size"],
-}
+
+def geometry(name: str) -> Path:
+    return checkpoint.ensure(name, checkpoint.GEOMETRIES[name], weights=False)
 
 
 def profile_of(run: EngineRun) -> kvcycle.Profile:
     overrides = run.overrides()
+    if run.model in checkpoint.GEOMETRIES:
+        overrides |= {"model.path": str(geometry(run.model)), "engine.load_format": "dummy"}
     if run.pool == "draft":
-        overrides["engine.speculative_draft_model_path"] = str(
-            checkpoint.ensure("tiny-llama-eagle3", _EAGLE3, weights=False)
-        )
+        overrides["engine.speculative_draft_model_path"] = str(geometry("tiny-llama-eagle3"))
         # The draft's pool takes what memory is free, whatever max_total_tokens says; this is upstream's way to cap it.
         os.environ["SGLANG_CI_SMALL_KV_SIZE"] = "4096"
     return kvcycle.load_profile("tiny", overrides)

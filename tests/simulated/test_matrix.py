@@ -56,20 +56,18 @@ def test_a_pool_is_dropped_and_rebuilt_and_its_size_is_the_predicted_one(
 def engines(guarded: Guarded, request: pytest.FixtureRequest) -> Iterator[Mapping[str, Future[dict[str, Any]]]]:
     """The engine runs that this session has selected, two at a time."""
 
-    def run(run_id: str) -> dict[str, Any]:
+    def go(run_id: str) -> dict[str, Any]:
         done = guarded("tests/simulated/engine_cells.py", run_id, timeout_s=400)
         facts = list(_facts(done.stdout))
         assert done.returncode == 0, done.stdout
         assert len(facts) == 1, done.stdout
         return facts[0]
 
-    selected = {
-        item.callspec.params["run"].id
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.path == request.path and "run" in item.fixturenames
-    }
+    selected = [
+        run.id for run in ENGINE_RUNS if any(item.name.endswith(f"cycle[{run.id}]") for item in request.session.items)
+    ]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield {run.id: pool.submit(run_, run.id) for run in ENGINE_RUNS if run.id in selected for run_ in (run,)}
+        yield {run_id: pool.submit(go, run_id) for run_id in selected}
 
 
 @pytest.mark.parametrize("run", ENGINE_RUNS, ids=lambda run: run.id)
@@ -105,5 +103,8 @@ def test_an_engine_goes_through_the_cycle(run: EngineRun, engines: Mapping[str, 
 _POOL_TYPES = {
     "mha": ["MHATokenToKVPool"],
     "swa": ["SWAKVPool"],
+    "mla": ["MLATokenToKVPool"],
+    "hybrid-mha": ["HybridLinearKVPool", "RecurrentStatePool"],
+    "hybrid-mla": ["HybridLinearKVPool", "RecurrentStatePool"],
     "draft": ["MHATokenToKVPool", "MHATokenToKVPool", "SpecRelayBuffers"],
 }

@@ -197,9 +197,9 @@ class Relay(NamedTuple):
 
 
 @pytest.mark.parametrize(("kind", "names"), [(Relay, ["verified_id", "new_seq_lens"]), (tuple, ["0", "1"])])
-def test_a_tuple_that_a_root_names_is_replaced_as_a_whole(kind: type, names: list[str]) -> None:
+def test_a_tuple_that_a_root_names_is_replaced_as_a_whole(kind: type[Any], names: list[str]) -> None:
     first, second = array(), array()
-    worker = Pool(spec_relay_buffers=Relay(first, second) if kind is Relay else (first, second), other=array())
+    worker: Any = Pool(spec_relay_buffers=Relay(first, second) if kind is Relay else (first, second), other=array())
     slots = find_slots({"relay": Attribute(worker, "spec_relay_buffers")})
     assert paths(slots) == [f"relay.{name}" for name in names]
     assert [slot.get() for slot in slots] == [first, second]

@@ -97,7 +97,9 @@ def test_the_models_own_dtype_decides_where_the_engine_says_auto(key: str, dtype
 @pytest.mark.parametrize(
     ("config", "engine"),
     [
-        ({"model_type": "kimi_linear"}, {}),
+        ({"model_type": "qwen3_5"}, {}),
+        ({"model_type": "kimi_linear"}, {"max_running_requests": 16}),  # the engine takes the states from free memory
+        ({"model_type": "kimi_linear"}, {"max_recurrent_state_size": 16, "attention_backend": "fa_mha"}),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, {"attention_backend": "native"}),  # no MLA pool there
         ({}, {"speculative_algorithm": "EAGLE3"}),
         ({"model_type": None}, {}),
@@ -160,6 +162,30 @@ def test_a_latent_is_copied_to_every_device_of_a_rank(engine: dict[str, Any], to
     }  # fmt: skip
     arguments = {"tp_size": 4, "max_total_tokens": 1000, "dtype": "bfloat16"} | engine
     assert predicted(config, arguments) == (total, total // 4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "states"),
+    [
+        ({"max_running_requests": 16, "disable_radix_cache": True}, 16),
+        ({"max_running_requests": 16, "max_recurrent_state_size": 40}, 40),
+    ],
+    ids=str,
+)
+def test_linear_layers_keep_a_state_a_request(engine: dict[str, Any], states: int) -> None:
+    config = {
+        "model_type": "kimi_linear", "num_hidden_layers": 4, "num_attention_heads": 8, "kv_lora_rank": 128,
+        "qk_rope_head_dim": 64, "linear_attn_config": {
+            "kda_layers": [1, 2, 3], "num_heads": 8, "head_dim": 64, "short_conv_kernel_size": 4,
+        },
+    }  # fmt: skip
+    total = 2 * 1025 * 2 * 256 * 2  # one layer of latents, copied to both devices
+    total += 3 * (states + 1) * (8 * 64 * 64 * 4 + 3 * 8 * 64 * 3 * 2)
+    assert predicted(config, {"tp_size": 2, "max_total_tokens": 1024} | engine) == (total, total // 2)
+    # The native backend keeps heads: 8 of 192, stored in 256 lanes.
+    total += 1025 * 8 * 2 * 256 * 2 - 2 * 1025 * 2 * 256 * 2
+    native = {"tp_size": 2, "max_total_tokens": 1024, "attention_backend": "native"}
+    assert predicted(config | {"qk_nope_head_dim": 128}, native | engine) == (total, total // 2)
 
 
 def test_only_layers_that_index_for_themselves_keep_an_indexers_keys() -> None:
