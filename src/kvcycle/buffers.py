@@ -39,16 +39,19 @@ _LEAVES = (
 class Slot:
     """A place that holds one device array: an attribute, a list index or a dict key of ``owner``.
 
-    ``path`` is for people: ``token_to_kv_pool.kv_buffer[3]``.
+    ``path`` is for people: ``token_to_kv_pool.kv_buffer[3]``. With ``index`` the place holds a tuple, and the slot is
+    that entry of it: see :class:`Attribute`.
     """
 
     owner: Any
     key: Any
     path: str
+    index: int | None = None
 
     def get(self) -> Any:
         """The array in the slot now."""
-        return self.owner[self.key] if isinstance(self.owner, (list, dict)) else vars(self.owner)[self.key]
+        held = self.owner[self.key] if isinstance(self.owner, (list, dict)) else vars(self.owner)[self.key]
+        return held if self.index is None else held[self.index]
 
     def find(self) -> Any | None:
         """The array in the slot now; None if the slot is gone, as a list that became shorter leaves it."""
@@ -59,11 +62,28 @@ class Slot:
 
     def set(self, array: jax.Array) -> None:
         """Put ``array`` into the slot."""
+        value: Any = array
+        if self.index is not None:
+            held = vars(self.owner)[self.key]
+            entries = [*held[: self.index], array, *held[self.index + 1 :]]
+            value = held._make(entries) if hasattr(held, "_make") else tuple(entries)
         if isinstance(self.owner, (list, dict)):
-            self.owner[self.key] = array
+            self.owner[self.key] = value
         else:
             # Past any __setattr__ of the pool: what was read from vars() goes back there.
-            vars(self.owner)[self.key] = array
+            vars(self.owner)[self.key] = value
+
+
+@dataclass(frozen=True, eq=False)
+class Attribute:
+    """A root of the walk that is one attribute of an object which is no pool itself.
+
+    The engine replaces what stands there, so arrays in a tuple there are slots: the tuple is replaced as a whole. A
+    tuple inside a pool may be held elsewhere as well, and is refused.
+    """
+
+    owner: Any
+    name: str
 
 
 @dataclass(frozen=True)
@@ -98,19 +118,34 @@ class BufferSpec:
         )
 
 
-def find_slots(roots: Mapping[str, Any]) -> list[Slot]:
+def find_slots(
+    roots: Mapping[str, Any], *, beyond: Iterable[object] = (), weights: Iterable[jax.Array] = ()
+) -> list[Slot]:
     """List the slots below ``roots`` (name → pool object), each array and each container once, in a stable order.
+
+    Args:
+        roots: where the walk starts; an :class:`Attribute` starts at that attribute.
+        beyond: objects that are no part of a pool, though a pool may point back to them: the walk stops there.
+        weights: arrays that must never be taken for a pool's.
 
     Raises:
         UnknownBufferError: an array sits where it could not be replaced in place: in a tuple, a set, an object's
-            ``__slots__``, or one array in two slots.
+            ``__slots__``, or one array in two slots; or it is one of the weights.
     """
     slots: list[Slot] = []
     holders: dict[int, str] = {}
-    seen: set[int] = set()
+    outside = list(beyond)  # kept, so that no id is given to another object meanwhile
+    model = list(weights)
+    seen: set[int] = {id(value) for value in outside}
+    of_the_model = {id(array) for array in model}
 
-    def visit(value: Any, path: str, place: tuple[Any, Any] | None) -> None:
+    def visit(value: Any, path: str, place: tuple[Any, Any] | tuple[Any, Any, int] | None) -> None:
         if isinstance(value, jax.Array):
+            if id(value) in of_the_model:
+                raise UnknownBufferError(
+                    f"{path} is one of the model's weights, of {value.shape}, held by a pool: to drop it would delete "
+                    "the model; kvcycle does not know this kind of pool."
+                )
             if place is None:
                 raise UnknownBufferError(
                     f"{path} is a device array of {value.shape} in a place that cannot be assigned, so it could not "
@@ -121,7 +156,8 @@ def find_slots(roots: Mapping[str, Any]) -> list[Slot]:
                     f"{path} and {first} hold the same device array; rebuilding both would need twice the memory."
                 )
             holders[id(value)] = path
-            slots.append(Slot(*place, path))
+            owner, key, *entry = place
+            slots.append(Slot(owner, key, path, *entry))
             return
         if isinstance(value, _LEAVES) or id(value) in seen:
             return
@@ -146,7 +182,16 @@ def find_slots(roots: Mapping[str, Any]) -> list[Slot]:
             visit(item, f"{path}.{name}", None)
 
     for name, root in roots.items():
-        visit(root, name, None)
+        if not isinstance(root, Attribute):
+            visit(root, name, None)
+            continue
+        held = vars(root.owner)[root.name]
+        if isinstance(held, tuple):
+            fields = getattr(held, "_fields", range(len(held)))
+            for entry, (field, item) in enumerate(zip(fields, held, strict=True)):
+                visit(item, f"{name}.{field}", (root.owner, root.name, entry))
+        else:
+            visit(held, name, (root.owner, root.name))
     return slots
 
 

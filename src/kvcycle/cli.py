@@ -1,4 +1,4 @@
-"""The command line: plan, replay at full size, plant faults, soak, report and compare records, list the profiles."""
+"""The command line: plan, replay at full size, plant faults, soak, report and compare records, list what there is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvcycle import reference
+from kvcycle import compatibility, reference
 from kvcycle.checks import judge, passed
 from kvcycle.errors import KVCycleError
 from kvcycle.faults.command import faults_command
@@ -132,6 +132,12 @@ def compare(
         console.print(f"[bold red]DIFFERENT[/] in {len(different)} places")
         raise typer.Exit(1)
     console.print("[bold green]EQUAL[/] to the byte, on every device and in every phase that both have")
+
+
+@app.command()
+def matrix() -> None:
+    """Print what was run at which level: pools, geometries, engines; as Markdown, as docs/compatibility.md has it."""
+    typer.echo(compatibility.markdown(), nl=False)
 
 
 @app.command()

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from kvcycle import capacity, compiles, internals, memory
-from kvcycle.buffers import BufferSpec, find_slots
+from kvcycle import capacity, compiles, memory
+from kvcycle.buffers import BufferSpec
 from kvcycle.canary import release_canaries
 from kvcycle.deadline import step_deadline
 from kvcycle.engine import boot_evidence, stack
@@ -24,6 +24,7 @@ from kvcycle.errors import ParamSetError
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet, Sharing, perturbed, sharing, swap
 from kvcycle.platform import return_freed_memory
+from kvcycle.pools import claimed_bytes, pool_facts, slots_of, weight_arrays
 from kvcycle.predict import predict_by_arithmetic
 from kvcycle.profile import Profile
 from kvcycle.record import (
@@ -40,7 +41,6 @@ from kvcycle.record import (
     Phase,
     PhaseInfo,
     PhaseName,
-    Pool,
     RebuildInfo,
     Record,
     SwapInfo,
@@ -256,7 +256,7 @@ class _Run:
 
     def _rebuilt(self) -> RebuildInfo:
         """Walk the engine's pools anew, so that what is compared is what the engine holds, not what was put there."""
-        found = find_slots(internals.pools_of(self.engine))
+        found = slots_of(self.engine)
         before = {slot.path: slot.owner for slot in self.kv.slots}
         after = {slot.path: slot.owner for slot in found}
         return RebuildInfo(
@@ -360,7 +360,7 @@ class _Run:
         if jax.default_backend() == "cpu":
             return_freed_memory()
         owners: dict[Owner, Iterable[jax.Array]] = {
-            "weights": internals.weight_leaves(self.engine),
+            "weights": weight_arrays(self.engine),
             "kv": self.kv.arrays(),
             "params2": self.params2.leaves if self.params2 else (),
         }
@@ -372,8 +372,6 @@ class _Run:
 
     def _kv(self) -> KV:
         predicted = self.predicted
-        pools = internals.pools_of(self.engine)
-        by_pool = {name: [slot for slot in self.kv.slots if slot.path.startswith(name)] for name in pools}
         return KV(
             buffers=self.kv.buffers,
             bytes=self.kv.bytes,
@@ -384,19 +382,8 @@ class _Run:
             else None,
             predicted_by=predicted.by if predicted else None,
             predicted_how=predicted.formula if predicted else None,
-            claimed_bytes=internals.claimed_kv_bytes(self.engine),
-            pools=tuple(
-                Pool(
-                    type=type(pools[name]).__name__,
-                    buffers=len(slots),
-                    bytes=sum(
-                        shard.data.on_device_size_in_bytes()
-                        for slot in slots
-                        for shard in slot.get().addressable_shards
-                    ),
-                )
-                for name, slots in by_pool.items()
-            ),
+            claimed_bytes=claimed_bytes(self.engine),
+            pools=pool_facts(self.engine, self.kv.slots),
         )
 
     def _params(self) -> Params:

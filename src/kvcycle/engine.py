@@ -132,7 +132,8 @@ class BootedEngine:
         if self.closed:
             return
         self.closed = True
-        from kvcycle import capacity, inband, internals
+        from kvcycle import capacity, inband
+        from kvcycle.pools import weight_arrays
 
         channel = inband.channel_of(self.engine)
         if stop_s is None:
@@ -143,7 +144,7 @@ class BootedEngine:
         else:
             for slot_array in _pool_arrays(self.engine):
                 slot_array.delete()
-            for leaf in internals.weight_leaves(self.engine):
+            for leaf in weight_arrays(self.engine):
                 leaf.delete()
             self.engine.send_to_rpc.close()
         capacity.simulate(None)
@@ -152,11 +153,10 @@ class BootedEngine:
 
 
 def _pool_arrays(engine: Any) -> list[Any]:
-    from kvcycle import internals
-    from kvcycle.buffers import find_slots
+    from kvcycle.pools import slots_of
 
     try:
-        return [slot.get() for slot in find_slots(internals.pools_of(engine))]
+        return [slot.get() for slot in slots_of(engine)]
     except KVCycleError:  # pools that kvcycle cannot place keep their memory until the process ends
         return []
 

@@ -19,8 +19,9 @@ from typing import Any, Literal, get_args
 import jax
 
 from kvcycle import capacity, inband, internals, memory
-from kvcycle.buffers import BufferSpec, Slot, ZeroAllocator, ZeroTester, bytes_by_device, find_slots
+from kvcycle.buffers import BufferSpec, Slot, ZeroAllocator, ZeroTester, bytes_by_device
 from kvcycle.errors import EngineBusyError, KVCacheDroppedError, KVCacheStateError, RebuildError, UnknownBufferError
+from kvcycle.pools import slots_of, weight_arrays
 from kvcycle.text import exact_bytes
 
 State = Literal["resident", "dropped"]
@@ -213,7 +214,7 @@ class _Buffers:
         self.state: State = "resident"
         #: Requests are being aborted for a drop, so no new one may start.
         self._closing = False
-        self.slots = find_slots(internals.pools_of(channel.engine))
+        self.slots = slots_of(channel.engine)
         if not self.slots:
             raise UnknownBufferError("The engine's pools hold no device array, so there is nothing to drop.")
         arrays = [slot.get() for slot in self.slots]
@@ -300,7 +301,7 @@ class _Buffers:
             f"device {device}: {exact_bytes(size)}" + (f", free {exact_bytes(free[device])}" if device in free else "")
             for device, size in needed.items()
         )
-        snapshot = memory.snapshot({"weights": internals.weight_leaves(self.channel.engine)}, largest=3)
+        snapshot = memory.snapshot({"weights": weight_arrays(self.channel.engine)}, largest=3)
         holders = [f"the engine's weights ({exact_bytes(snapshot.bytes_of('weights'))})"]
         holders += [f"{what} ({exact_bytes(size)})" for what, size in snapshot.largest_other]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -254,7 +254,9 @@ class Profile(_Table):
         tokens = engine["max_total_tokens"]
         if tokens is not None and tokens < page:
             raise ProfileError(f"engine.max_total_tokens={tokens} is less than one page (engine.page_size={page}).")
-        if platform == "cpu" and engine.get("attention_backend") != "native":
+        # Without generation the other backends boot, and for some models the backend decides the kind of pool.
+        generates = self.on(platform).cycle.generate
+        if platform == "cpu" and generates and engine.get("attention_backend") != "native":
             raise ProfileError(
                 f"engine.attention_backend={engine.get('attention_backend')!r} does not run on CPU; "
                 "set on_cpu.engine.attention_backend='native'."

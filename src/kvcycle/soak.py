@@ -18,13 +18,14 @@ from typing import Any
 
 import jax
 
-from kvcycle import compiles, internals, memory
+from kvcycle import compiles, memory
 from kvcycle.checks import judge, passed
 from kvcycle.checks.soak import WINDOW, violation
 from kvcycle.cycle import Progress, few_objects_to_collect, generate_once, run_cycle
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSetMaker, perturbed
 from kvcycle.platform import return_freed_memory
+from kvcycle.pools import weight_arrays
 from kvcycle.profile import Profile
 from kvcycle.record import Generate, Owner, Record, Soak, SoakPoint
 from kvcycle.sizing import KVPrediction
@@ -160,9 +161,7 @@ class _Loop:
         gc.collect()
         if jax.default_backend() == "cpu":
             return_freed_memory()
-        sample = memory.snapshot(
-            {"weights": internals.weight_leaves(self.engine), "kv": self.kv.arrays()}, devices=self.devices
-        )
+        sample = memory.snapshot({"weights": weight_arrays(self.engine), "kv": self.kv.arrays()}, devices=self.devices)
         owners: tuple[Owner, ...] = ("weights", "kv", "other")
         different, off = compared(self.warm, generated, self.new_tokens)
         span, self.span = self.span, compiles.Span()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kvcycle.buffers import BufferSpec, Slot, ZeroAllocator, ZeroTester, bytes_by_device, find_slots
+from kvcycle.buffers import Attribute, BufferSpec, Slot, ZeroAllocator, ZeroTester, bytes_by_device, find_slots
 from kvcycle.compiles import counting
 from kvcycle.errors import UnknownBufferError
 
@@ -188,6 +188,56 @@ def test_one_array_in_two_slots_is_an_error_that_names_both() -> None:
         find_slots({"pool": Pool(kv_buffer=[array(), shared], draft={"k": shared})})
     assert str(caught.value) == (
         "pool.draft['k'] and pool.kv_buffer[1] hold the same device array; rebuilding both would need twice the memory."
+    )
+
+
+class Relay(NamedTuple):
+    verified_id: jax.Array
+    new_seq_lens: jax.Array
+
+
+@pytest.mark.parametrize(("kind", "names"), [(Relay, ["verified_id", "new_seq_lens"]), (tuple, ["0", "1"])])
+def test_a_tuple_that_a_root_names_is_replaced_as_a_whole(kind: type[Any], names: list[str]) -> None:
+    first, second = array(), array()
+    worker: Any = Pool(spec_relay_buffers=Relay(first, second) if kind is Relay else (first, second), other=array())
+    slots = find_slots({"relay": Attribute(worker, "spec_relay_buffers")})
+    assert paths(slots) == [f"relay.{name}" for name in names]
+    assert [slot.get() for slot in slots] == [first, second]
+    news = [jnp.full(2, number) for number in range(2)]
+    for slot, new in zip(slots, news, strict=True):
+        slot.set(new)
+    assert type(worker.spec_relay_buffers) is kind
+    assert [held is new for held, new in zip(worker.spec_relay_buffers, news, strict=True)] == [True, True]
+    worker.spec_relay_buffers = kind(*news) if kind is Relay else tuple(news)  # as a step of the engine does
+    assert [slot.get() is new for slot, new in zip(slots, news, strict=True)] == [True, True]
+
+
+def test_a_root_that_names_an_attribute_may_hold_an_array_or_a_pool() -> None:
+    owner = Pool(single=array(), pool=Pool(kv_buffer=[array()]))
+    slots = find_slots({"single": Attribute(owner, "single"), "pool": Attribute(owner, "pool")})
+    assert paths(slots) == ["single", "pool.kv_buffer[0]"]
+    slots[0].set(new := array())
+    assert owner.single is new
+
+
+def test_the_walk_stops_at_what_is_no_part_of_a_pool() -> None:
+    model = Pool(embedding=array(), layers=[array()])
+    runner = Pool(model=model, pool=None, scratch=(array(),))
+    pool = Pool(kv_buffer=[array()], runner=runner, of=[model])
+    vars(runner)["pool"] = pool
+    weights = [model.embedding, *model.layers]
+    assert paths(find_slots({"pool": pool}, beyond=[runner, model], weights=weights)) == ["pool.kv_buffer[0]"]
+
+
+@pytest.mark.parametrize(("held", "path"), [("model", "pool.held.embedding"), ("layers", "pool.held[0]")])
+def test_a_weight_that_a_pool_holds_is_an_error_that_names_it(held: str, path: str) -> None:
+    model = Pool(embedding=array(), layers=[array()])
+    pool = Pool(kv_buffer=[array()], held=model if held == "model" else model.layers)
+    with pytest.raises(UnknownBufferError) as caught:
+        find_slots({"pool": pool}, weights=[model.embedding, *model.layers])
+    assert str(caught.value) == (
+        f"{path} is one of the model's weights, of (2,), held by a pool: to drop it would delete the model; kvcycle "
+        "does not know this kind of pool."
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from kvcycle import checkpoint
-from kvcycle.checkpoint import TINY_QWEN2, ensure, ensure_builtin, fingerprint, write
+from kvcycle.checkpoint import BUILTIN, TINY_QWEN2, ensure, ensure_builtin, fingerprint, write
 
 #: Large enough for every kind of tensor, small enough to write often.
 SMALL = TINY_QWEN2 | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 300}
@@ -191,7 +191,59 @@ def test_an_unknown_builtin_is_a_key_error(tmp_path: Path) -> None:
         ensure_builtin("nothing", root=tmp_path)
 
 
-def test_the_tiny_model_fits_what_the_engine_needs() -> None:
+def test_the_tiny_qwen2_fits_what_the_engine_needs() -> None:
     assert TINY_QWEN2["hidden_size"] // TINY_QWEN2["num_attention_heads"] == 128  # the native backend's only width
-    assert TINY_QWEN2["tie_word_embeddings"] is False  # tied, it would repeat one token for ever
     assert TINY_QWEN2["num_key_value_heads"] < 4  # replicated at tp=4, as Qwen2.5-3B's are
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_a_builtin_model_is_one_that_can_be_run(name: str) -> None:
+    config = BUILTIN[name]
+    assert (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) == 128
+    # Tied, it would repeat one token for ever; Gemma2's are always, and it cannot generate on CPU.
+    assert config["tie_word_embeddings"] is (name == "tiny-gemma2")
+
+
+_ATTENTION = {"q_proj": (64, 32), "k_proj": (32, 32), "v_proj": (32, 32), "o_proj": (32, 64)}
+_MLP = {"gate_proj": (48, 32), "up_proj": (48, 32), "down_proj": (32, 48)}
+_EXPERT = {"gate_proj": (24, 32), "up_proj": (24, 32), "down_proj": (32, 24)}
+
+
+@pytest.mark.parametrize(
+    ("name", "mlp", "norms", "head"),
+    [
+        ("tiny-llama", {f"mlp.{k}": v for k, v in _MLP.items()}, {}, True),
+        (
+            "tiny-qwen3",
+            {f"mlp.{k}": v for k, v in _MLP.items()},
+            {"self_attn.q_norm": (16,), "self_attn.k_norm": (16,)},
+            True,
+        ),
+        (
+            "tiny-qwen3-moe",
+            {"mlp.gate": (4, 32)} | {f"mlp.experts.{i}.{k}": v for i in range(4) for k, v in _EXPERT.items()},
+            {"self_attn.q_norm": (16,), "self_attn.k_norm": (16,)},
+            True,
+        ),
+        (
+            "tiny-gemma2",
+            {f"mlp.{k}": v for k, v in _MLP.items()},
+            {"pre_feedforward_layernorm": (32,), "post_feedforward_layernorm": (32,)},
+            False,
+        ),
+    ],
+)
+def test_each_model_has_the_tensors_of_its_kind(
+    name: str, mlp: dict[str, tuple[int, ...]], norms: dict[str, tuple[int, ...]], head: bool, tmp_path: Path
+) -> None:
+    small = {
+        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300,
+    }  # fmt: skip
+    write(tmp_path, BUILTIN[name] | small)
+    tensors = {key: tensor.shape for key, tensor in load_file(tmp_path / "model.safetensors").items()}
+    layer = {f"self_attn.{k}": v for k, v in _ATTENTION.items()} | mlp | norms
+    layer |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (32,))
+    outer = {"model.embed_tokens.weight": (300, 32), "model.norm.weight": (32,)}
+    outer |= {"lm_head.weight": (300, 32)} if head else {}
+    assert tensors == outer | {f"model.layers.0.{key}.weight": shape for key, shape in layer.items()}

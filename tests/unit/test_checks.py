@@ -953,6 +953,17 @@ def test_what_the_profile_leaves_out_is_not_run_and_no_failure() -> None:
     assert passed(verdicts)
 
 
+def test_an_engine_without_a_prefix_cache_is_not_judged_by_it() -> None:
+    engine = ON_CPU.profile.get("engine", {}) | {"disable_radix_cache": True}
+    record = ON_CPU.model_copy(update={"profile": ON_CPU.profile | {"engine": engine}})
+    not_run = [verdict for verdict in judge(record) if verdict.verdict == "not-run"]
+    assert [verdict.id for verdict in not_run] == ["generate.no_stale_prefix", "controls.prefix_hit_is_seen"]
+    assert {verdict.message for verdict in not_run} == {
+        "Not run: the engine keeps no prefix cache (engine.disable_radix_cache = true). This is not a pass."
+    }
+    assert passed(judge(record))
+
+
 @pytest.mark.parametrize("generate", [True, False])
 @pytest.mark.parametrize("record", [ON_CPU, ON_TPU], ids=["cpu", "tpu"])
 def test_a_run_that_ended_early_never_passes(record: Record, generate: bool) -> None:

@@ -188,7 +188,8 @@ _KNOWN = ", ".join(profile_names())
             "",
             (
                 "model.path='nowhere/there/model' does not exist; name a folder with a config.json, a hub id "
-                "(org/name), or one of builtin:tiny-qwen2."
+                "(org/name), or one of builtin:tiny-qwen2, builtin:tiny-qwen3, "
+                "builtin:tiny-qwen3-moe, builtin:tiny-llama, builtin:tiny-gemma2."
             ),
         ),
     ],

@@ -16,6 +16,8 @@ from kvcycle.profile import ModelSpec, Platform, Profile
 from kvcycle.profile_file import load_profile, parse_overrides, profile_names, server_args_fields
 from kvcycle.sizing import predict_kv
 
+BUILTINS = "builtin:tiny-qwen2, builtin:tiny-qwen3, builtin:tiny-qwen3-moe, builtin:tiny-llama, builtin:tiny-gemma2."
+
 pytestmark = pytest.mark.usefixtures("config_cache")
 
 
@@ -156,19 +158,19 @@ def test_overrides_reach_their_tables_and_leave_the_rest() -> None:
             "engine.attention_backend='fa' does not run on CPU; set on_cpu.engine.attention_backend='native'.",
         ),
         (
-            {"model.path": "builtin:tiny-qwen"},
-            ("model.path='builtin:tiny-qwen': there is no built-in checkpoint of that name (did you mean "
+            {"model.path": "builtin:tiny-qwen2.5"},
+            ("model.path='builtin:tiny-qwen2.5': there is no built-in checkpoint of that name (did you mean "
             "'tiny-qwen2'?)."),
         ),
         (
             {"model.path": "/nowhere/model"},
             ("model.path='/nowhere/model' does not exist; name a folder with a config.json, a hub id (org/name), or "
-            "one of builtin:tiny-qwen2."),
+            "one of " + BUILTINS),
         ),
         (
             {"model.path": "model"},
             ("model.path='model' does not exist; name a folder with a config.json, a hub id (org/name), or one of "
-            "builtin:tiny-qwen2."),
+            + BUILTINS),
         ),
     ],
     ids=str,

@@ -97,8 +97,11 @@ def test_the_models_own_dtype_decides_where_the_engine_says_auto(key: str, dtype
 @pytest.mark.parametrize(
     ("config", "engine"),
     [
-        ({"model_type": "gemma2"}, {}),
-        ({"model_type": "deepseek_v3"}, {}),
+        ({"model_type": "qwen3_5"}, {}),
+        ({"model_type": "kimi_linear"}, {"max_running_requests": 16}),  # the engine takes the states from free memory
+        ({"model_type": "kimi_linear"}, {"max_recurrent_state_size": 16, "attention_backend": "fa_mha"}),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, {"attention_backend": "native"}),  # no MLA pool there
+        ({}, {"speculative_algorithm": "EAGLE3"}),
         ({"model_type": None}, {}),
         ({}, {"max_total_tokens": None}),
         ({}, {"dtype": "int4"}),
@@ -111,6 +114,87 @@ def test_what_arithmetic_does_not_decide_is_not_predicted(config: dict[str, Any]
 
 def test_no_max_total_tokens_at_all_is_not_predicted() -> None:
     assert predict_kv(QWEN, {"tp_size": 4}) is None
+
+
+GEMMA: dict[str, Any] = {
+    "model_type": "gemma2", "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "hidden_size": 2304, "head_dim": 256, "sliding_window": 4096, "torch_dtype": "bfloat16",
+}  # fmt: skip
+_TOKEN = 4 * 2 * 256 * 2  # bytes of a token in one layer, at tp=4
+
+
+@pytest.mark.parametrize(
+    ("config", "engine", "tokens"),
+    [
+        # 1000 x 26 / (0.8 x 13 + 13) = 1111 tokens in a full layer, 0.8 of that in a window layer, and their padding
+        ({}, {}, 13 * (1111 + 1) + 13 * (888 + 1)),
+        ({}, {"page_size": 16}, 13 * (1088 + 16) + 13 * (880 + 16)),  # 992 tokens are whole pages; 1102 and 881 are not
+        ({}, {"dp_size": 2, "page_size": 16}, 0.5 * (13 * (2176 + 32) + 13 * (1760 + 32)) * 2),
+        ({}, {"swa_full_tokens_ratio": 0.5}, 13 * (1333 + 1) + 13 * (666 + 1)),
+        ({"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 24}, {}, 2 * (1226 + 1) + 24 * (980 + 1)),
+        ({}, {"disable_hybrid_swa_memory": True}, 26 * 1001),
+        ({"sliding_window": None}, {}, 26 * 1001),
+    ],
+    ids=str,
+)
+def test_sliding_window_layers_share_the_tokens(config: dict[str, Any], engine: dict[str, Any], tokens: float) -> None:
+    arguments = {"tp_size": 4, "max_total_tokens": 1000, "dtype": "bfloat16"} | engine
+    total = int(tokens * _TOKEN)
+    assert predicted(GEMMA | config, arguments) == (total, total // 4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "total"),
+    [
+        # 61 layers of 512 + 128 (64 in whole lanes); a page of one bf16 token is stored as two rows; four copies
+        ({}, 4 * 1001 * 2 * 61 * 640 * 2),
+        ({"attention_backend": "fa", "page_size": 16}, 4 * 1008 * 61 * 640 * 2),
+        ({"dp_size": 2, "page_size": 16}, 2 * 2 * 1008 * 61 * 640 * 2),
+        ({"dtype": "float32"}, 4 * 1001 * 61 * 640 * 4),
+        ({"attention_backend": "dsa_sparse", "page_size": 16}, 4 * 1008 * (61 * 640 + 61 * 128) * 2),
+    ],
+    ids=str,
+)
+def test_a_latent_is_copied_to_every_device_of_a_rank(engine: dict[str, Any], total: int) -> None:
+    config = {
+        "model_type": "deepseek_v3", "num_hidden_layers": 61, "num_attention_heads": 128, "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64, "index_head_dim": 128, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    arguments = {"tp_size": 4, "max_total_tokens": 1000, "dtype": "bfloat16"} | engine
+    assert predicted(config, arguments) == (total, total // 4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "states"),
+    [
+        ({"max_running_requests": 16, "disable_radix_cache": True}, 16),
+        ({"max_running_requests": 16, "max_recurrent_state_size": 40}, 40),
+    ],
+    ids=str,
+)
+def test_linear_layers_keep_a_state_a_request(engine: dict[str, Any], states: int) -> None:
+    config = {
+        "model_type": "kimi_linear", "num_hidden_layers": 4, "num_attention_heads": 8, "kv_lora_rank": 128,
+        "qk_rope_head_dim": 64, "linear_attn_config": {
+            "kda_layers": [1, 2, 3], "num_heads": 8, "head_dim": 64, "short_conv_kernel_size": 4,
+        },
+    }  # fmt: skip
+    total = 2 * 1025 * 2 * 256 * 2  # one layer of latents, copied to both devices
+    total += 3 * (states + 1) * (8 * 64 * 64 * 4 + 3 * 8 * 64 * 3 * 2)
+    assert predicted(config, {"tp_size": 2, "max_total_tokens": 1024} | engine) == (total, total // 2)
+    # The native backend keeps heads: 8 of 192, stored in 256 lanes.
+    total += 1025 * 8 * 2 * 256 * 2 - 2 * 1025 * 2 * 256 * 2
+    native = {"tp_size": 2, "max_total_tokens": 1024, "attention_backend": "native"}
+    assert predicted(config | {"qk_nope_head_dim": 128}, native | engine) == (total, total // 2)
+
+
+def test_only_layers_that_index_for_themselves_keep_an_indexers_keys() -> None:
+    config = {
+        "model_type": "deepseek_v3", "num_hidden_layers": 3, "num_attention_heads": 8, "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64, "index_head_dim": 64, "indexer_types": ["full", "shared", "full"],
+    }  # fmt: skip
+    engine = {"max_total_tokens": 160, "page_size": 16, "attention_backend": "dsa_sparse"}
+    assert predicted(config, engine)[0] == 176 * (3 * 640 + 2 * 128) * 2
 
 
 @given(

@@ -5,7 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
-from kvcycle.checks.verdicts import DEVICE_WITNESSES, left_out, scope, tolerance_bytes, unmeasured, use_of
+from kvcycle.checks.verdicts import (
+    DEVICE_WITNESSES,
+    left_out,
+    left_out_prefix,
+    scope,
+    tolerance_bytes,
+    unmeasured,
+    use_of,
+)
 from kvcycle.record import Canary, Outcome, Phase, Record, Verdict, Witness
 from kvcycle.text import exact_bytes, seconds, signed_bytes
 
@@ -250,7 +258,7 @@ def output_follows_weights(record: Record) -> Iterator[Verdict]:
 def prefix_hit_is_seen(record: Record) -> Iterator[Verdict]:
     """A repeated prompt without a flush takes tokens from the prefix cache, and the counter says so."""
     check = "controls.prefix_hit_is_seen"
-    if (verdict := left_out(check, record)) is not None:
+    if (verdict := left_out_prefix(check, record)) is not None:
         yield verdict
         return
     hits = record.generates_when("prefix_hit")

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 
 from kvcycle.checks.controls import compiles_are_counted, output_varies, prefix_hit_is_seen, recompilation_is_seen
-from kvcycle.checks.verdicts import at_most, count, left_out, scope, unmeasured
+from kvcycle.checks.verdicts import at_most, count, left_out, left_out_prefix, scope, unmeasured
 from kvcycle.record import Generate, Record, Verdict, When
 from kvcycle.text import seconds
 
@@ -179,7 +179,7 @@ def _same_logprobs(
 def no_stale_prefix(record: Record) -> Iterator[Verdict]:
     """The generation after the rebuild takes no token from the prefix cache: what it knew was deleted."""
     check = "generate.no_stale_prefix"
-    if (verdict := left_out(check, record)) is not None:
+    if (verdict := left_out_prefix(check, record)) is not None:
         yield verdict
         return
     blind = failed_control(prefix_hit_is_seen(record))

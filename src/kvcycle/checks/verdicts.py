@@ -154,3 +154,17 @@ def left_out(check: str, record: Record) -> Verdict | None:
         verdict="not-run",
         message="Not run: the profile leaves generation out (cycle.generate = false). This is not a pass.",
     )
+
+
+def left_out_prefix(check: str, record: Record) -> Verdict | None:
+    """As :func:`left_out`, and where the engine keeps no prefix cache, which then can be neither hit nor stale."""
+    if (verdict := left_out(check, record)) is not None or not record.profile.get("engine", {}).get(
+        "disable_radix_cache"
+    ):
+        return verdict
+    return Verdict(
+        id=check,
+        scope="run",
+        verdict="not-run",
+        message="Not run: the engine keeps no prefix cache (engine.disable_radix_cache = true). This is not a pass.",
+    )
