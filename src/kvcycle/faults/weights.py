@@ -186,7 +186,7 @@ def a_resume_that_compiles(target: Target) -> Iterator[None]:
 
 @fault(_COMPILES, run="weights", says="compilations in the generation after it")
 def the_first_generation_on_resumed_weights_compiles(target: Target) -> Iterator[None]:
-    """Something small compiles in the generation after the resume: the weights are the same, and no clock would tell."""
+    """Something small compiles in the generation after the resume; the weights are the same."""
     with _first_answer(target, lambda _: jax.jit(lambda x: x + time.perf_counter())(1.0).delete()):
         yield
 
