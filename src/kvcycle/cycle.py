@@ -51,7 +51,7 @@ from kvcycle.record import (
 )
 from kvcycle.sizing import KVPrediction
 from kvcycle.text import exact_bytes, seconds
-from kvcycle.weights import Weights, digests
+from kvcycle.weights import Weights, digests, leaf_names
 
 Progress = Callable[[str], None]
 
@@ -297,7 +297,8 @@ class _Run:
         """The engine's weights wait in host memory, and come back bit for bit."""
         weights = Weights(self.engine)
         with self._phase("weights_released") as told:
-            before = digests(self.engine)
+            names = leaf_names(self.engine)
+            before = digests(self.engine, names)
             freed = weights.release()
             told(
                 WeightsReleasedInfo(
@@ -312,7 +313,7 @@ class _Run:
             used = sharing(self.engine, ParamSet.of(self.engine))
             told(
                 WeightsResumedInfo(
-                    digests=digests(self.engine), model_params=used.model_params, model_shared=used.model_shared
+                    digests=digests(self.engine, names), model_params=used.model_params, model_shared=used.model_shared
                 )
             )
         # Not the prefix cache's answer: the prompt is computed with the weights that came back.

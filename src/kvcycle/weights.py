@@ -268,14 +268,23 @@ def _copied_to_host(arrays: Sequence[jax.Array]) -> list[HostCopy]:
     return [HostCopy(array) for array in arrays]
 
 
-def digests(engine: Any) -> dict[str, str]:
+def leaf_names(engine: Any) -> list[str]:
+    """Number and name of every array of the engine's weights, in the runner's order: ``0 lm_head.embedding``."""
+    names = internals.weight_names(engine)
+    return [f"{number} {names.get(id(leaf), '?')}" for number, leaf in enumerate(internals.weight_leaves(engine))]
+
+
+def digests(engine: Any, names: Sequence[str] | None = None) -> dict[str, str]:
     """A digest of every array of the engine's weights by name: its layout, and the bits of its shards on every device.
 
     An array that is deleted has the digest ``"deleted"``. Reads all weights to the host, so it takes a while.
+
+    Args:
+        engine: whose weights.
+        names: what :func:`leaf_names` said before, for arrays that the model may not know any more.
     """
-    names = internals.weight_names(engine)
     leaves = internals.weight_leaves(engine)
-    return {f"{number} {names.get(id(leaf), '?')}": _digest(leaf) for number, leaf in enumerate(leaves)}
+    return {name: _digest(leaf) for name, leaf in zip(names or leaf_names(engine), leaves, strict=True)}
 
 
 def _digest(array: jax.Array) -> str:
