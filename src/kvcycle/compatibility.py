@@ -339,8 +339,8 @@ def _runs() -> str:
     return _table(
         "Engines",
         "Each in a process of its own: boot, drop, second parameter set, rebuild; whole: generating before and after, "
-        "the same tokens, nothing compiled. What takes a larger pool or more cycles to see is left to the suite and the "
-        "soak: latency, resident memory, growth.",
+        "the same tokens, nothing compiled. What takes a larger pool or more cycles to see is left to the suite and "
+        "the soak: latency, resident memory, growth.",
         ("run", "model", "geometry", "besides", "cycle"),
         (
             (
