@@ -76,18 +76,19 @@ def slots_of(engine: Any) -> list[Slot]:
 
 
 def claimed_bytes(engine: Any) -> int | None:
-    """What the engine itself says that its KV cache occupies on the devices; None where that is not all it has.
+    """What the engine itself says that its KV cache occupies on the devices; None where it says nothing.
 
-    Its word is for one copy of its KV pool: what is replicated over devices counts as often, and of recurrent states
-    and draft workers' pools it says nothing.
+    Its word is for one copy of its KV pool: what is replicated over devices counts as often, and what it says nothing
+    of (recurrent states, draft workers' pools) counts as the shards' sum.
     """
     claim = internals.claimed_kv_bytes(engine)
-    slots = slots_of(engine)
-    if claim is None or not all(slot.path.startswith("token_to_kv_pool.") for slot in slots):
+    if claim is None:
         return None
-    arrays = [slot.get() for slot in slots]
-    held, one_copy = sum(bytes_by_device(arrays).values()), sum(int(array.nbytes) for array in arrays)
-    return claim * held // one_copy
+    spoken_of, others = [], []
+    for slot in slots_of(engine):
+        (spoken_of if slot.path.startswith("token_to_kv_pool.") else others).append(slot.get())
+    held, one_copy = sum(bytes_by_device(spoken_of).values()), sum(int(array.nbytes) for array in spoken_of)
+    return claim * held // one_copy + sum(bytes_by_device(others).values())
 
 
 def draft_workers(scheduler: Any) -> Iterator[tuple[str, Any]]:

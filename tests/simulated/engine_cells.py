@@ -14,7 +14,7 @@ from typing import Any
 import kvcycle
 from kvcycle import checkpoint, internals, pools
 from kvcycle.compatibility import ENGINE_RUNS, EngineRun
-from kvcycle.record import DropInfo
+from kvcycle.record import DropInfo, Verdict
 
 
 def geometry(name: str) -> Path:
@@ -30,6 +30,13 @@ def profile_of(run: EngineRun) -> kvcycle.Profile:
         # The draft's pool takes what memory is free, whatever max_total_tokens says; this is upstream's way to cap it.
         os.environ["SGLANG_CI_SMALL_KV_SIZE"] = "4096"
     return kvcycle.load_profile("tiny", overrides)
+
+
+def off(verdict: Verdict) -> float | None:
+    """How far the measurement is from what was expected, where both are numbers."""
+    if isinstance(verdict.measured, (int, float)) and isinstance(verdict.expected, (int, float)):
+        return verdict.measured - verdict.expected
+    return None
 
 
 def facts(run: EngineRun, engine: Any, profile: kvcycle.Profile) -> dict[str, Any]:
@@ -48,7 +55,8 @@ def facts(run: EngineRun, engine: Any, profile: kvcycle.Profile) -> dict[str, An
     weights = {id(array) for array in pools.weight_arrays(engine)}
     return {
         "verdicts": [
-            (verdict.verdict, f"{verdict.id}[{verdict.name}]", verdict.message) for verdict in kvcycle.judge(record)
+            (verdict.verdict, f"{verdict.id}[{verdict.name}]", verdict.message, off(verdict))
+            for verdict in kvcycle.judge(record)
         ],
         "pools": [pool.type for pool in record.kv.pools],
         "buffers": record.kv.buffers,

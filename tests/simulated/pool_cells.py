@@ -7,6 +7,7 @@ process has four devices; no engine, so nothing in it can kill its parent.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -181,6 +182,7 @@ BUILDERS: dict[str, Callable[[Cell], Built]] = {
 
 
 def in_use() -> dict[int, int]:
+    gc.collect()  # else arrays of an earlier cell go when the collector happens to come
     return {use.id: use.ledger_bytes for use in memory.snapshot().devices if use.ledger_bytes}
 
 
@@ -233,6 +235,8 @@ def main(part: int, parts: int) -> None:
     platform.prepare("cpu", 8)
     for cell in pool_cells()[part::parts]:
         result = drop_and_rebuild(cell.pool, cell.geometry)
+        gc.collect()
+        gc.freeze()  # what is left is caches and modules, and would make every collection slow
         print(json.dumps({"id": cell.id} | result), flush=True)
 
 

@@ -14,7 +14,8 @@ import pytest
 import kvcycle
 from kvcycle import internals
 from kvcycle.buffers import BufferSpec, find_slots
-from kvcycle.errors import KVCacheStateError, RebuildError
+from kvcycle.errors import KVCacheStateError, RebuildError, UnknownBufferError, UnsupportedEngineError
+from kvcycle.pools import slots_of
 from kvcycle.record import Generate
 from kvcycle.sizing import predict_kv
 
@@ -133,3 +134,27 @@ def test_both_are_told_if_the_block_and_the_rebuild_fail(kv: kvcycle.KVCache, mo
     assert "ValueError: the training step failed" in told
     assert "The KV cache could not be rebuilt: RESOURCE_EXHAUSTED. It needs device 0:" in told
     assert kv.state == "dropped"
+
+
+def test_a_pool_that_points_back_to_the_model_is_not_walked_into_it(
+    kv: kvcycle.KVCache, live_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = internals.runner_of(live_engine)
+    monkeypatch.setattr(runner.token_to_kv_pool, "model_runner", runner, raising=False)
+    monkeypatch.setattr(runner.token_to_kv_pool, "model", runner.model, raising=False)
+    assert [slot.path for slot in slots_of(live_engine)] == [slot.path for slot in kv.slots]
+    monkeypatch.setattr(runner.token_to_kv_pool, "layers", runner.model.model.layers, raising=False)
+    with pytest.raises(UnknownBufferError, match=r"^token_to_kv_pool\.layers.* is one of the model's weights, of \("):
+        slots_of(live_engine)
+
+
+def test_an_engine_whose_pages_move_behind_its_back_is_refused_and_keeps_them(
+    kv: kvcycle.KVCache, live_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sgl_jax.srt.disaggregation.raiden_transfer.conn import RaidenTransferKVManager
+
+    manager = object.__new__(RaidenTransferKVManager)  # its own constructor needs a TPU
+    monkeypatch.setattr(internals.scheduler_of(live_engine), "disagg_kv_manager", manager)
+    with pytest.raises(UnsupportedEngineError, match="its RaidenTransferKVManager moves KV pages when its peer asks"):
+        slots_of(live_engine)
+    assert not any(array.is_deleted() for array in kv.arrays())

@@ -76,7 +76,7 @@ def test_draft_workers_pools_are_found(draft: Any, names: list[str]) -> None:
     expected = [f"{name}.token_to_kv_pool.kv_buffer[{layer}]" for name in names for layer in range(2)]
     found = engine(draft_worker=draft)
     assert paths(found) == _OWN + expected
-    assert pools.claimed_bytes(found) is None  # the engine speaks of its own pool only
+    assert pools.claimed_bytes(found) == 32 * (1 + len(names))  # the engine speaks of its own pool only
     assert [(pool.type, pool.buffers, pool.bytes) for pool in pools.pool_facts(found, pools.slots_of(found))] == [
         ("MHATokenToKVPool", 2, 32)
     ] * (1 + len(names))
