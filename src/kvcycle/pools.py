@@ -84,7 +84,8 @@ def claimed_bytes(engine: Any) -> int | None:
     claim = internals.claimed_kv_bytes(engine)
     if claim is None:
         return None
-    spoken_of, others = [], []
+    spoken_of: list[jax.Array] = []
+    others: list[jax.Array] = []
     for slot in slots_of(engine):
         (spoken_of if slot.path.startswith("token_to_kv_pool.") else others).append(slot.get())
     held, one_copy = sum(bytes_by_device(spoken_of).values()), sum(int(array.nbytes) for array in spoken_of)
