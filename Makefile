@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python scripts/guard.py $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo replay faults soak test lint format constraints clean FORCE
+.PHONY: help demo replay faults soak test mutants lint format constraints clean FORCE
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ soak: $(STAMP) ## Run CYCLES=1000 cycles on one engine (tiny model, virtual CPU 
 test: lint ## Lint, check types and run every test that needs no TPU
 	$(PYTEST) -m "not tpu" --junitxml=reports/tests/junit.xml $(ARGS)
 
+mutants: $(STAMP) ## Test the tests: the share of small faults in checks, ledger and record that they notice
+	$(BIN)/python scripts/mutants.py
+
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -48,7 +51,7 @@ constraints: ## Resolve STACK anew on Python 3.12 and 3.13 and write its constra
 	@python="$$(scripts/find-python.sh)" && "$$python" scripts/constraints.py "$(STACK)"
 
 clean: ## Remove the virtual environments and caches; what runs wrote to reports/ stays
-	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks mutants build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment serves only while its python runs, and only in the folder it was made in: its scripts name that folder.

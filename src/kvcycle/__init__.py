@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvcycle.params import swap as swap
     from kvcycle.params import swapped as swapped
     from kvcycle.profile import Profile as Profile
-    from kvcycle.profile import load_profile as load_profile
+    from kvcycle.profile_file import load_profile as load_profile
     from kvcycle.record import Record as Record
     from kvcycle.record import Verdict as Verdict
 
@@ -45,7 +45,7 @@ _PUBLIC = {
     "Verdict": "record",
     "boot": "engine",
     "judge": "checks",
-    "load_profile": "profile",
+    "load_profile": "profile_file",
     "passed": "checks",
     "run_cycle": "cycle",
     "sharing": "params",

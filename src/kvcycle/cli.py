@@ -17,7 +17,7 @@ from kvcycle.checks import judge, passed
 from kvcycle.errors import KVCycleError
 from kvcycle.faults.command import faults_command
 from kvcycle.plan.command import plan_command
-from kvcycle.profile import load_profile, parse_overrides, profile_names
+from kvcycle.profile_file import load_profile, parse_overrides, profile_names
 from kvcycle.record import Record
 from kvcycle.report import side_by_side, terminal
 from kvcycle.report.folder import new_run_dir

@@ -6,30 +6,20 @@ keys with the nearest known one, an impossible tp_size, a missing model folder.
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib.util
 import json
-import tomllib
-from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from kvcycle import checkpoint
 from kvcycle.errors import ProfileError
+from kvcycle.text import nearest
 
 Platform = Literal["tpu", "cpu"]
 
-#: Engine arguments that kvcycle decides itself: the cycle needs the engine in this process.
-_RESERVED_ENGINE_KEYS = {
-    "model_path": "set model.path instead",
-    "device": "the platform decides it (--kv-platform)",
-    "enable_single_process": "the cycle needs the engine in its own process",
-}
-
+#: More than a run of the suite can mean: a record of more is not read.
+MAX_CYCLES = 1000
 
 _SHIPPED = "shipped:"
 _CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -77,7 +67,7 @@ class OnCPU(_Table):
 class CycleSpec(_Table):
     """What one run does: how many cycles, which prompt, what the second parameter set is."""
 
-    cycles: int = Field(default=2, ge=1)
+    cycles: int = Field(default=2, ge=1, le=MAX_CYCLES)
     generate: bool = True
     prompt: str = "Hello"
     max_new_tokens: int = Field(default=16, ge=1)
@@ -93,18 +83,18 @@ class CycleSpec(_Table):
 class Tolerances(_Table):
     """How far a witness may be off. The ledger has none: it is exact."""
 
-    allocator_bytes: int = Field(default=0, ge=0)
+    allocator_bytes: int = Field(default=0, ge=0, lt=2**63)
     rss_fraction: float = Field(default=0.02, ge=0, lt=1)
     #: Of the log-probabilities before and after; 0 means bit-equal.
-    logprob: float = Field(default=0.0, ge=0)
+    logprob: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class Thresholds(_Table):
     """Latency after the rebuild, against this machine's own warm and cold times; and when output counts as varied."""
 
-    latency_factor_of_warm: float = Field(default=3.0, gt=1)
+    latency_factor_of_warm: float = Field(default=3.0, gt=1, allow_inf_nan=False)
     latency_fraction_of_cold: float = Field(default=0.5, gt=0, lt=1)
-    min_distinct_tokens: int = Field(default=6, ge=2)
+    min_distinct_tokens: int = Field(default=6, ge=2, lt=2**63)
 
 
 class Timeouts(_Table):
@@ -161,7 +151,7 @@ class Profile(_Table):
         if path.startswith(checkpoint.BUILTIN_PREFIX):
             name = path.removeprefix(checkpoint.BUILTIN_PREFIX)
             if name not in checkpoint.BUILTIN:
-                hint = _nearest(name, checkpoint.BUILTIN)
+                hint = nearest(name, checkpoint.BUILTIN)
                 raise ProfileError(f"model.path={path!r}: there is no built-in checkpoint of that name{hint}.")
             try:
                 return checkpoint.ensure_builtin(name, seed=self.model.seed)
@@ -217,7 +207,7 @@ class Profile(_Table):
             if not folder.is_dir():
                 known = sorted(path.name for path in _CONFIGS.iterdir() if path.is_dir())
                 raise ProfileError(
-                    f"model.config={self.model.config!r}: no such config is shipped{_nearest(name, known)}; "
+                    f"model.config={self.model.config!r}: no such config is shipped{nearest(name, known)}; "
                     f"there are: {', '.join(known)}."
                 )
             return folder
@@ -277,134 +267,3 @@ class Profile(_Table):
                 f"engine.tp_size={tp} does not divide the model's {heads} attention heads"
                 f"{f' (tp_size/dp_size = {tp // dp})' if dp > 1 else ''}; use one of {fitting}."
             )
-
-
-def profile_folders() -> list[Path]:
-    """Where profiles are looked up by name: the source tree's ``profiles/``, else those shipped in the package."""
-    here = Path(__file__).resolve().parent
-    return [folder for folder in (here.parents[1] / "profiles", here / "_profiles") if folder.is_dir()]
-
-
-def profile_names() -> list[str]:
-    """The names of all profiles that come with kvcycle."""
-    return sorted({path.stem for folder in profile_folders() for path in folder.glob("*.toml")})
-
-
-def load_profile(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Profile:
-    """Load a profile by name or path, with overrides by dotted key.
-
-    Example:
-        ``load_profile("tiny", {"engine.page_size": 16})``
-
-    Raises:
-        ProfileError: no such profile, a broken file, an unknown key, or a value of the wrong kind.
-    """
-    path = _find(str(name_or_path))
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"The profile {path} cannot be read: {error}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ProfileError(f"The profile {path} is not valid TOML: {error}.") from error
-    for key, value in (overrides or {}).items():
-        _set(raw, key, value)
-    try:
-        profile = Profile.model_validate(raw)
-    except ValidationError as error:
-        raise ProfileError(_sentence(error, str(name_or_path))) from error
-    try:
-        profile.engine_args("cpu")
-    except ValidationError as error:
-        raise ProfileError(_sentence(error, str(name_or_path), "on_cpu", "engine")) from error
-    for table, arguments in (("engine", raw.get("engine", {})), ("on_cpu.engine", profile.on_cpu.engine)):
-        _check_engine_keys(table, arguments)
-    return profile
-
-
-def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
-    """Turn ``KEY=VALUE`` texts into overrides; a value is read as TOML, and as plain text where it is none.
-
-    Raises:
-        ProfileError: an assignment without ``=``, or without a key.
-    """
-    overrides: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
-            raise ProfileError(f"{assignment!r} is not KEY=VALUE, for example engine.page_size=16.")
-        try:
-            overrides[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            overrides[key.strip()] = text
-    return overrides
-
-
-def _find(name: str) -> Path:
-    if name.endswith(".toml") or "/" in name:
-        if not Path(name).is_file():
-            raise ProfileError(f"There is no profile file {name!r}.")
-        return Path(name)
-    for folder in profile_folders():
-        if (path := folder / f"{name}.toml").is_file():
-            return path
-    known = profile_names()
-    raise ProfileError(f"There is no profile {name!r}{_nearest(name, known)}; there are: {', '.join(known)}.")
-
-
-def _set(raw: dict[str, Any], key: str, value: Any) -> None:
-    *tables, last = key.split(".")
-    here = raw
-    for table in tables:
-        here = here.setdefault(table, {})
-        if not isinstance(here, dict):
-            raise ProfileError(f"{key} cannot be set: {table} is a value, not a table.")
-    here[last] = value
-
-
-def _sentence(error: ValidationError, source: str, *tables: str) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in (*tables, *first["loc"]))
-    if first["type"] == "extra_forbidden":
-        table: Any = Profile
-        for part in first["loc"][:-1]:
-            table = table.model_fields[part].annotation
-        return f"Profile {source!r} has no key {key!r}{_nearest(str(first['loc'][-1]), table.model_fields)}."
-    if first["type"] == "missing":
-        return f"Profile {source!r} lacks the key {key!r}."
-    return f"Profile {source!r}: {key}={first['input']!r} will not do: {first['msg']}."
-
-
-def _check_engine_keys(table: str, arguments: Mapping[str, Any]) -> None:
-    known = server_args_fields()
-    for key in arguments:
-        if key in _RESERVED_ENGINE_KEYS:
-            raise ProfileError(f"{table}.{key} cannot be set: {_RESERVED_ENGINE_KEYS[key]}.")
-        if known and key not in known:
-            raise ProfileError(f"{table}.{key} is no argument of the installed sglang-jax{_nearest(key, known)}.")
-
-
-@cache
-def server_args_fields() -> frozenset[str]:
-    """The field names of the installed sglang-jax's ServerArgs, read from its source: importing it would import jax.
-
-    Empty where sglang-jax is not installed; then engine keys go unchecked until the boot.
-    """
-    try:
-        spec = importlib.util.find_spec("sgl_jax.srt.server_args")
-    except ModuleNotFoundError:
-        return frozenset()
-    if spec is None or spec.origin is None:
-        return frozenset()
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    return frozenset(
-        statement.target.id
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and node.name == "ServerArgs"
-        for statement in node.body
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-    )
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -7,7 +7,6 @@ exact integers; times are seconds.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,11 +14,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kvcycle.errors import RecordError
-
-SCHEMA = 1
+from kvcycle import record_file
+from kvcycle.profile import MAX_CYCLES
+from kvcycle.record_limits import (
+    MAX_CYCLES_TIMES_DEVICES,
+    MAX_DEVICES,
+    Bytes,
+    Count,
+    Finite,
+    Integer,
+    LogProb,
+    Seconds,
+    check_judged_tables,
+    each_once,
+)
 
 Evidence = Literal["measured-on-tpu", "measured-on-gpu", "simulated-on-cpu", "compiled-for-tpu"]
 Witness = Literal["ledger", "allocator", "rss"]
@@ -41,11 +51,6 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 OWNERS: tuple[Owner, ...] = get_args(Owner)
 #: In the order of the cycle.
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
-
-Bytes = Annotated[int, Field(ge=0, strict=True)]
-Count = Annotated[int, Field(ge=0, strict=True)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -96,6 +101,10 @@ class DeviceUse(_Part):
     ledger_bytes: Bytes
     allocator_bytes: Bytes | None = None
     by_owner: dict[Owner, Bytes] = Field(default_factory=dict)
+
+
+Devices = Annotated[tuple[Device, ...], Field(max_length=MAX_DEVICES), AfterValidator(each_once)]
+Uses = Annotated[tuple[DeviceUse, ...], Field(max_length=MAX_DEVICES), AfterValidator(each_once)]
 
 
 class Layout(_Part):
@@ -150,7 +159,7 @@ class Phase(_Part):
     t_s: Seconds
     seconds: Seconds
     rss_bytes: Bytes | None = None
-    devices: tuple[DeviceUse, ...]
+    devices: Uses
     ledger_bytes_sum: Bytes
     compiles: Compiles = Compiles()
     info: PhaseInfo | None = None
@@ -182,14 +191,21 @@ class SwapInfo(_Part):
 
 
 class Cycle(_Part):
-    """One pass through the phases, in their order."""
+    """One pass through the phases, in their order; a cycle that ended early, or left one out, lacks some."""
 
-    phases: tuple[Phase, ...]
+    phases: tuple[Phase, ...] = Field(max_length=len(PHASES))
     swap: SwapInfo | None = None
     #: Bytes of owner "other" by device at the idle points before the drop, and at those after the rebuild: what the
     #: engine keeps of its last batch differs by an array of a few bytes from one generation to the next.
-    residue_before: tuple[dict[int, Bytes], ...] = ()
-    residue_after: tuple[dict[int, Bytes], ...] = ()
+    residue_before: tuple[dict[int, Bytes], ...] = Field(default=(), max_length=1000)
+    residue_after: tuple[dict[int, Bytes], ...] = Field(default=(), max_length=1000)
+
+    @model_validator(mode="after")
+    def _phases_are_in_order(self) -> Cycle:
+        names = [phase.name for phase in self.phases]
+        if names != [name for name in PHASES if name in names]:
+            raise ValueError(f"the phases are not in the cycle's order, each once: {', '.join(names)}")
+        return self
 
     def phase(self, name: PhaseName) -> Phase | None:
         """The phase of that name, None if the cycle did not reach it."""
@@ -202,8 +218,8 @@ class Generate(_Part):
     when: When
     cycle: Count
     seconds: Seconds
-    token_ids: tuple[int, ...]
-    logprobs: tuple[Finite, ...] = ()
+    token_ids: tuple[Integer, ...]
+    logprobs: tuple[LogProb, ...] = ()
     cached_tokens: Count = 0
     compiles: Compiles = Compiles()
 
@@ -281,8 +297,8 @@ class Boot(_Part):
     """What the boot cost and what each witness saw of it; absent when the user booted the engine."""
 
     seconds: Seconds
-    before: tuple[DeviceUse, ...]
-    after: tuple[DeviceUse, ...]
+    before: Uses
+    after: Uses
     compiles: Compiles = Compiles()
 
 
@@ -295,8 +311,8 @@ class Canary(_Part):
     witness: Witness
     device: Count | None
     allocated_bytes: Bytes
-    rise_bytes: int
-    fall_bytes: int
+    rise_bytes: Integer
+    fall_bytes: Integer
 
 
 class Verdict(_Part):
@@ -306,8 +322,8 @@ class Verdict(_Part):
     scope: str
     witness: Witness | None = None
     verdict: Outcome
-    expected: int | float | str | None = None
-    measured: int | float | str | None = None
+    expected: int | Finite | str | None = None
+    measured: int | Finite | str | None = None
     unit: str = ""
     message: str
     causes: tuple[str, ...] = ()
@@ -324,19 +340,29 @@ class Record(_Part):
     schema_: Literal[1] = Field(default=1, alias="schema")
     evidence: Evidence
     created: str
-    profile: dict[str, Any]
+    #: As it was when the run began; of its tables those that checks read are held to the profile's own rules.
+    profile: Annotated[dict[str, Any], AfterValidator(check_judged_tables)]
     stack: Stack
-    devices: tuple[Device, ...]
+    devices: Devices
     kv: KV
     params: Params
     boot: Boot | None = None
-    canaries: tuple[Canary, ...] = ()
-    cycles: tuple[Cycle, ...] = ()
-    generates: tuple[Generate, ...] = ()
+    canaries: tuple[Canary, ...] = Field(default=(), max_length=1000)
+    cycles: tuple[Cycle, ...] = Field(default=(), max_length=MAX_CYCLES)
+    generates: tuple[Generate, ...] = Field(default=(), max_length=10_000)
     checks: tuple[Verdict, ...] = ()
     soak: Soak | None = None
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _is_judged_in_seconds(self) -> Record:
+        if len(self.cycles) * len(self.devices) > MAX_CYCLES_TIMES_DEVICES:
+            raise ValueError(
+                f"{len(self.cycles)} cycles of {len(self.devices)} devices are more than a record may hold "
+                f"(cycles x devices at most {MAX_CYCLES_TIMES_DEVICES:,})"
+            )
+        return self
 
     def generates_when(self, when: When, cycle: int | None = None) -> list[Generate]:
         """The generations of one kind, of one cycle or of all, in order."""
@@ -357,8 +383,8 @@ class Record(_Part):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(self.to_json().encode() + b"\n")
             Path(temporary).chmod(0o644)
             Path(temporary).replace(path)
         except BaseException:
@@ -370,31 +396,13 @@ class Record(_Part):
         """Read a record.
 
         Raises:
-            RecordError: the file cannot be read, is no JSON, has another schema number, or does not validate; the
-                sentence names the file and the first place that is wrong.
+            RecordError: the file cannot be read, is too large, is no JSON, has another schema number, or does not
+                validate; the sentence names the file and the first place that is wrong, and is safe to print.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecordError(f"The record {path} cannot be read: {error}.") from error
-        try:
-            raw = json.loads(text)
-        except ValueError as error:
-            raise RecordError(f"{path} is not JSON ({error}); was the file cut off?") from error
-        if not isinstance(raw, dict):
-            raise RecordError(f"{path} holds a JSON {type(raw).__name__}, not a record.")
-        if raw.get("schema") != SCHEMA:
-            raise RecordError(
-                f"{path} has record schema {raw.get('schema')!r}; this version of kvcycle reads schema {SCHEMA}."
-            )
-        try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(record_file.read(path), strict=True)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise RecordError(
-                f"{path} is not a valid record: {place}: {first['msg']} ({error.error_count()} in all)."
-            ) from error
+            raise record_file.invalid(path, error) from error
 
 
 def now() -> str:

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvcycle.checks import judge, passed
 from kvcycle.checks.soak import MIN_CYCLES, violation
 from kvcycle.errors import KVCycleError
-from kvcycle.profile import Platform, Profile, load_profile, parse_overrides
+from kvcycle.profile import Platform, Profile
+from kvcycle.profile_file import load_profile, parse_overrides
 from kvcycle.record import MAX_SOAK_CYCLES, Record
 from kvcycle.report import soak_page, terminal
 from kvcycle.report.folder import new_run_dir

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 import humanize
 
 
@@ -20,3 +23,14 @@ def signed_bytes(size: int) -> str:
 def seconds(value: float) -> str:
     """``11.4 s``, ``0.117 s``: three significant figures."""
     return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
+
+
+def printable(text: str) -> str:
+    r"""The text with everything escaped that a terminal could obey or hide, line breaks too: ``\x1b``, ``\n``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'page_size'?)`` if a known word is close, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

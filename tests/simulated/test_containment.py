@@ -110,7 +110,7 @@ def test_an_allocation_that_fails_in_the_boot_is_the_engines_last_word(suite: Su
 
 
 def test_a_scheduler_that_dies_while_it_generates_is_named_without_a_guard(suite: Suite) -> None:
-    ended = suite(after="scheduler.get_next_batch_to_run = broken", keys=("cycle.generate=true",), guard=False)
+    ended = suite(after="scheduler.run_batch = broken", keys=("cycle.generate=true",), guard=False)
     assert_one_error_and_the_rest_skip(ended, "ZeroDivisionError: planted")
     assert ended.phases() == ["engine_ready"]
 

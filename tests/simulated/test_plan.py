@@ -20,7 +20,8 @@ from kvcycle.params import ParamSet
 from kvcycle.plan import Plan, ask, plan
 from kvcycle.plan.protocol import Reply
 from kvcycle.plan.topologies import find_topology
-from kvcycle.profile import Profile, load_profile
+from kvcycle.profile import Profile
+from kvcycle.profile_file import load_profile
 from kvcycle.record import PHASES, Record
 
 RUNNER = CliRunner()

@@ -13,7 +13,7 @@ import pytest
 from kvcycle import checkpoint, checks, reference
 from kvcycle.plan.api import plan
 from kvcycle.predict import predict, predict_by_arithmetic
-from kvcycle.profile import load_profile
+from kvcycle.profile_file import load_profile
 from kvcycle.record import Record
 from kvcycle.report import side_by_side
 

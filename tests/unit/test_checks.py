@@ -1036,7 +1036,7 @@ def test_the_second_sets_output_is_compared_with_the_warm_one() -> None:
     [
         "import kvcycle",
         "import kvcycle.checks, kvcycle.record, kvcycle.report.terminal",
-        "from kvcycle.profile import load_profile; load_profile('tiny').check_geometry('cpu')",
+        "from kvcycle.profile_file import load_profile; load_profile('tiny').check_geometry('cpu')",
     ],
 )
 def test_no_engine_is_imported_where_none_is_needed(statement: str) -> None:

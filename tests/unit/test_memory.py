@@ -6,17 +6,20 @@ import gc
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvcycle import memory
 from kvcycle.memory import Ledger, MemorySnapshot, allocator_bytes, limit_bytes, snapshot
-from kvcycle.record import OWNERS, Owner
+from kvcycle.record import OWNERS, DeviceUse, Owner
 
 MIB = 2**20
 
@@ -68,6 +71,50 @@ def test_a_sharded_array_is_split_and_a_replicated_one_is_whole_everywhere(mesh:
     for array in (split, whole, one):
         array.delete()
     assert growth(before, snapshot()) == dict.fromkeys(range(4), 0)
+
+
+@settings(max_examples=15)
+@given(arrays=st.lists(st.tuples(st.sampled_from([1, 7, 1000]), st.booleans(), st.integers(0, 3)), max_size=4))
+def test_each_buffer_counts_once_whatever_holds_it(arrays: list[tuple[int, bool, int]], mesh: Mesh) -> None:
+    """Any arrays, split or whole, each with any number of aliases and some of them the claimed weights."""
+    before = snapshot()
+    held = [put(mesh, 4 * size, *(("x",) if split else ())) for size, split, _ in arrays]
+    aliases = [alias_of(array) for array, (_, _, times) in zip(held, arrays, strict=True) for _ in range(times)]
+    expected = sum(size if split else 4 * size for size, split, _ in arrays)
+    after = snapshot({"weights": aliases, "kv": held})
+    assert growth(before, after) == dict.fromkeys(range(4), expected)
+    assert all(sum(use.by_owner.values()) == use.ledger_bytes for use in after.devices)
+    assert after.bytes_of("weights") + after.bytes_of("kv") == 4 * expected
+    for array in [*aliases, *held]:
+        array.delete()
+    assert growth(before, snapshot()) == dict.fromkeys(range(4), 0)
+
+
+def test_only_the_devices_that_are_asked_for_count(mesh: Mesh) -> None:
+    last = jax.devices()[3]
+    before = snapshot(devices=[last])
+    array = put(mesh, 4000, "x")
+    assert growth(before, snapshot(devices=[last])) == {3: 1000}
+    array.delete()
+
+
+def test_the_process_is_in_the_snapshot_and_an_owner_without_an_entry_has_nothing() -> None:
+    assert (snapshot().rss_bytes or 0) > MIB
+    taken = MemorySnapshot(t_s=0.0, devices=(DeviceUse(id=0, ledger_bytes=5, by_owner={"kv": 5}),), rss_bytes=None)
+    assert (taken.bytes_of("kv"), taken.bytes_of("weights")) == (5, 0)
+
+
+def test_the_largest_are_ordered_by_bytes_and_not_by_name() -> None:
+    arrays = [jax.block_until_ready(jnp.ones(size, jnp.int8)) for size in (300_000, 50_000, 4_000_000)]
+    named = [entry for entry in snapshot(largest=100).largest_other if entry[1] in (300_000, 50_000, 4_000_000)]
+    assert [size for _, size in named] == [4_000_000, 300_000, 50_000]
+    for array in arrays:
+        array.delete()
+
+
+def test_an_array_without_a_kind_of_memory_is_on_its_device() -> None:
+    nowhere = SimpleNamespace(sharding=SimpleNamespace(memory_kind=None))
+    assert memory._in_host_memory(cast(jax.Array, nowhere)) is False
 
 
 def test_an_alias_counts_once(mesh: Mesh) -> None:
@@ -148,9 +195,9 @@ def test_a_buffer_of_two_owners_is_the_first_ones(mesh: Mesh) -> None:
         {"weights": [array], "params2": [alias]},
         {"params2": [array], "weights": [alias]},
     ]
-    for given in owners:
-        taken = snapshot(given)
-        first, second = given
+    for claimed in owners:
+        taken = snapshot(claimed)
+        first, second = claimed
         assert (taken.bytes_of(first), taken.bytes_of(second)) == (4000, 0)
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from fixtures.options import PROFILE, SETTINGS, Settings, selects_suite
 from kvcycle.errors import ProfileError
-from kvcycle.profile import Profile, profile_folders, profile_names
+from kvcycle.profile import Profile
+from kvcycle.profile_file import profile_folders, profile_names
 from kvcycle.report.folder import new_run_dir
 
 pytest_plugins = ["pytester"]

@@ -19,7 +19,7 @@ from kvcycle.plan import PlanError, ask, command, max_tokens, plan, table
 from kvcycle.plan.model import ForwardPlan, MaxTokens, PhasePlan, Plan, TokenLimit
 from kvcycle.plan.protocol import Reply
 from kvcycle.plan.worker import HELD
-from kvcycle.profile import load_profile
+from kvcycle.profile_file import load_profile
 from kvcycle.record import PHASES, Owner, Record
 from tests.unit.records import good_record
 

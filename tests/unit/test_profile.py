@@ -12,15 +12,8 @@ import pytest
 
 from kvcycle.checkpoint import TINY_QWEN2
 from kvcycle.errors import ProfileError
-from kvcycle.profile import (
-    ModelSpec,
-    Platform,
-    Profile,
-    load_profile,
-    parse_overrides,
-    profile_names,
-    server_args_fields,
-)
+from kvcycle.profile import ModelSpec, Platform, Profile
+from kvcycle.profile_file import load_profile, parse_overrides, profile_names, server_args_fields
 from kvcycle.sizing import predict_kv
 
 pytestmark = pytest.mark.usefixtures("config_cache")
@@ -98,6 +91,18 @@ def test_overrides_reach_their_tables_and_leave_the_rest() -> None:
         (
             {"cycle.cycles": 0},
             "Profile 'tiny': cycle.cycles=0 will not do: Input should be greater than or equal to 1.",
+        ),
+        (
+            {"cycle.cycles": 1001},
+            "Profile 'tiny': cycle.cycles=1001 will not do: Input should be less than or equal to 1000.",
+        ),
+        (
+            {"tolerances.logprob": float("inf")},
+            "Profile 'tiny': tolerances.logprob=inf will not do: Input should be a finite number.",
+        ),
+        (
+            {"thresholds.latency_factor_of_warm": float("inf")},
+            "Profile 'tiny': thresholds.latency_factor_of_warm=inf will not do: Input should be a finite number.",
         ),
         (
             {"cycle.cycles": "two"},

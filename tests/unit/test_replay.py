@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kvcycle import host_memory, reference, replay
 from kvcycle.cli import app
 from kvcycle.errors import ProfileError
-from kvcycle.profile import load_profile
+from kvcycle.profile_file import load_profile
 from kvcycle.record import DeviceUse, Record
 from kvcycle.report import side_by_side
 from tests.unit.records import good_record

@@ -205,5 +205,5 @@ def test_a_tpus_record_is_called_one() -> None:
 
 
 def test_a_verdict_line_without_verdicts_has_failed() -> None:
-    assert verdict_line(GOOD, []).endswith(": nothing was judged")
-    assert "FAILED" in verdict_line(GOOD, [])
+    assert verdict_line(GOOD, []).plain.endswith(": nothing was judged")
+    assert verdict_line(GOOD, []).plain.startswith("FAILED [simulated-on-cpu]")

@@ -6,7 +6,8 @@ import pytest
 
 from fixtures.scopes import verdict_names
 from kvcycle.checks import CHECKS
-from kvcycle.profile import Platform, load_profile
+from kvcycle.profile import Platform
+from kvcycle.profile_file import load_profile
 from tests.unit.records import good_record
 
 TINY = load_profile("tiny", {"engine.tp_size": 2, "cycle.cycles": 2})

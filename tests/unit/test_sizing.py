@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcycle.checkpoint import TINY_QWEN2
-from kvcycle.profile import load_profile
+from kvcycle.profile_file import load_profile
 from kvcycle.sizing import PLAIN_KV_MODELS, estimate_params_bytes, head_dim_of, kv_heads_on_devices, predict_kv
 
 #: Qwen2.5-3B, the reference run's model: two KV heads, replicated to four devices.

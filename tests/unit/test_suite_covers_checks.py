@@ -10,7 +10,8 @@ import pytest
 
 from fixtures.scopes import verdict_names
 from kvcycle.checks import CHECKS, SOAK_CHECKS, judge
-from kvcycle.profile import Platform, load_profile
+from kvcycle.profile import Platform
+from kvcycle.profile_file import load_profile
 from tests.unit.records import good_record
 
 SUITE = Path(__file__).parents[1] / "tpu"

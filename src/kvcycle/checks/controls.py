@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 
 from kvcycle.checks.verdicts import DEVICE_WITNESSES, left_out, scope, tolerance_bytes, unmeasured, use_of
-from kvcycle.record import Outcome, Phase, Record, Verdict, Witness
+from kvcycle.record import Canary, Outcome, Phase, Record, Verdict, Witness
 from kvcycle.text import exact_bytes, seconds, signed_bytes
 
 
@@ -31,9 +31,8 @@ def _verdict(
 
 def blindness(record: Record, witness: Witness, device: int | None) -> str | None:
     """Why a memory verdict of this witness would prove nothing; None if it saw the canary."""
-    for verdict in witness_sees_allocation(record):
-        if verdict.witness == witness and verdict.scope == scope(device=device) and verdict.verdict == "pass":
-            return None
+    if any((c.witness, c.device) == (witness, device) and _saw(record, c) for c in record.canaries):
+        return None
     return f"the {witness} did not see an allocation of known size (controls.witness_sees_allocation)"
 
 
@@ -42,18 +41,21 @@ def speaks(record: Record, witness: Witness, device: int | None) -> bool:
     return witness == "ledger" or any((c.witness, c.device) == (witness, device) for c in record.canaries)
 
 
+def _saw(record: Record, canary: Canary) -> bool:
+    tolerance = tolerance_bytes(record, canary.witness, canary.allocated_bytes)
+    return all(abs(seen - canary.allocated_bytes) <= tolerance for seen in (canary.rise_bytes, canary.fall_bytes))
+
+
 def witness_sees_allocation(record: Record) -> Iterator[Verdict]:
     """Every witness saw a known allocation rise and fall, on its device."""
     check = "controls.witness_sees_allocation"
     if not record.canaries:
         yield unmeasured(check, "run", "no allocation of known size was made")
     for canary in record.canaries:
-        tolerance = tolerance_bytes(record, canary.witness, canary.allocated_bytes)
-        ok = all(abs(seen - canary.allocated_bytes) <= tolerance for seen in (canary.rise_bytes, canary.fall_bytes))
         yield _verdict(
             check,
             scope(device=canary.device),
-            ok,
+            _saw(record, canary),
             f"of {exact_bytes(canary.allocated_bytes)} allocated and freed the {canary.witness} saw "
             f"{signed_bytes(canary.rise_bytes)} and {signed_bytes(-canary.fall_bytes)}",
             witness=canary.witness,

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from kvcycle.errors import KVCycleError
-from kvcycle.profile import load_profile, parse_overrides
+from kvcycle.profile_file import load_profile, parse_overrides
 from kvcycle.report import terminal
 from kvcycle.report.folder import new_run_dir
 

@@ -14,7 +14,8 @@ from kvcycle.plan import table
 from kvcycle.plan.api import ask
 from kvcycle.plan.model import MaxTokens, Plan
 from kvcycle.plan.topologies import find_topology
-from kvcycle.profile import Profile, load_profile, parse_overrides
+from kvcycle.profile import Profile
+from kvcycle.profile_file import load_profile, parse_overrides
 from kvcycle.report import terminal
 
 _DOES_NOT_FIT, _BAD_INPUT = 1, 2

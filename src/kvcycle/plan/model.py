@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvcycle.errors import KVCycleError
-from kvcycle.record import Bytes, Count, Owner, PhaseName, Record
+from kvcycle.record import Owner, PhaseName, Record
+from kvcycle.record_limits import Bytes, Count
 
 #: Bytes that may be negative: then so many are missing.
 Headroom = Annotated[int, Field(strict=True)]

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from kvcycle.checks import passed
 from kvcycle.checks.generation import thresholds_s
 from kvcycle.record import OUTCOMES, Cycle, PhaseName, Record, Verdict, When
 from kvcycle.report import soak
-from kvcycle.text import exact_bytes, seconds
+from kvcycle.text import exact_bytes, printable, seconds
 
 #: The phases with an expected change, and the check that judges it.
 _JUDGED: dict[PhaseName, str] = {
@@ -45,7 +45,10 @@ def console() -> Console:
 
 
 def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
-    """Print a judged record: tables, everything that did not pass, and the verdict."""
+    """Print a judged record: tables, everything that did not pass, and the verdict.
+
+    What a record says in words is printed as :class:`~rich.text.Text` and escaped: it can be from anybody.
+    """
     for index, cycle in enumerate(record.cycles):
         if index and _changes(cycle) == _changes(record.cycles[0]) and passed(_of_cycle(verdicts, index)):
             console.print(f"cycle {index}: every change to the byte as in cycle 0.")
@@ -54,33 +57,33 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
             # Exact bytes are never cut off; what is expected is what was measured, or else in the verdict's message.
             wanted = Measurement.get(console, console.options.update(width=1000), table).maximum
             console.print(table if wanted <= console.width else _phase_table(record, verdicts, index, narrow=True))
-    console.print(_witness_line(record))
+    console.print(Text(_witness_line(record)))
     if record.generates:
         console.print(_latency_table(record))
     soak.show(record, verdicts, console)
     for verdict in verdicts:
         if verdict.verdict in ("fail", "inconclusive"):
-            console.print(f"[{_STYLE[verdict.verdict]}]{verdict.verdict}[/] {verdict.id}: {escape(verdict.message)}")
+            said = printable(f" {verdict.id}: {verdict.message}")
+            console.print(Text.assemble((verdict.verdict, _STYLE[verdict.verdict]), said))
             for cause in verdict.causes:
-                console.print(f"    likely: {escape(cause)}")
+                console.print(Text(printable(f"    likely: {cause}")))
     left_out = sorted({verdict.id for verdict in verdicts if verdict.verdict == "not-run"})
     if left_out:
-        console.print(f"[dim]not run: {', '.join(left_out)}: the profile leaves generation out. This is not a pass.[/]")
+        said = printable(f"not run: {', '.join(left_out)}: the profile leaves generation out. This is not a pass.")
+        console.print(Text(said, "dim"))
     console.print(verdict_line(record, verdicts), soft_wrap=True)
 
 
-def verdict_line(record: Record, verdicts: Sequence[Verdict]) -> str:
-    """One line: the verdict, its evidence label, what was validated, and the verdicts by outcome; with rich markup."""
+def verdict_line(record: Record, verdicts: Sequence[Verdict]) -> Text:
+    """One line: the verdict, its evidence label, what was validated, and the verdicts by outcome."""
     counts = Counter(verdict.verdict for verdict in verdicts)
     numbers = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
-    good = passed(list(verdicts))
     kinds = ", ".join(sorted({device.kind for device in record.devices}))
-    name = escape(str(record.profile.get("name", "?")))
-    return (
-        f"[{'bold green' if good else 'bold red'}]{'PASSED' if good else 'FAILED'}[/] \\[{record.evidence}] {name} on "
-        f"{len(record.devices)} {escape(kinds)} devices, sglang-jax {escape(record.stack.sglang_jax)}, "
-        f"jax {escape(record.stack.jax)}: {numbers or 'nothing was judged'}"
+    said = printable(
+        f" [{record.evidence}] {record.profile.get('name', '?')} on {len(record.devices)} {kinds} devices, "
+        f"sglang-jax {record.stack.sglang_jax}, jax {record.stack.jax}: {numbers or 'nothing was judged'}"
     )
+    return Text.assemble(("PASSED", "bold green") if passed(list(verdicts)) else ("FAILED", "bold red"), said)
 
 
 def _changes(cycle: Cycle) -> list[tuple[str, int]]:
@@ -149,7 +152,7 @@ def _witness_line(record: Record) -> str:
     kv = record.kv
     line = f"KV cache: {kv.buffers} buffers, {exact_bytes(kv.bytes)}"
     if kv.predicted_how:
-        line += escape(f"\n  predicted by {kv.predicted_by}: {kv.predicted_how}")
+        line += "\n  " + printable(f"predicted by {kv.predicted_by}: {kv.predicted_how}")
     line += f"\nWitnesses: {', '.join(text for name, text in words.items() if name in speaks) or 'none'}"
     return line + (f"; silent here: {', '.join(silent)}" if silent else "")
 

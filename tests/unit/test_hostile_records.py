@@ -1,0 +1,563 @@
+"""Files that lie: each is refused in a sentence or judged and not passed, and none reaches the terminal as it is."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from typer.testing import CliRunner
+
+from kvcycle import record_file
+from kvcycle.checks import judge, passed
+from kvcycle.cli import app
+from kvcycle.errors import RecordError
+from kvcycle.profile import MAX_CYCLES
+from kvcycle.record import Record
+from kvcycle.record_limits import MAX_DEVICES
+from kvcycle.report import terminal
+from kvcycle.text import printable
+from tests.unit.records import good_record
+
+GOOD = good_record(cycles=1, devices=2)
+JSON = GOOD.to_json()
+
+#: What an attacker, or a careless tool, would put where text belongs: escape sequences, markup, line breaks, bidi.
+EVIL = "\x1b]0;owned\x07\x1b[2J[bold]x[/bold][/]\n\r\t\x00\x7f\x9b31m\u202e\u2028:bomb:\\"
+#: The only characters that the terminal may be sent for it.
+SHOWN = "\\x1b]0;owned\\x07\\x1b[2J[bold]x[/bold][/]\\n\\r\\t\\x00\\x7f\\x9b31m\\u202e\\u2028:bomb:\\"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "record.json"
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    """A good record's JSON, to be spoiled."""
+    read: dict[str, Any] = json.loads(JSON)
+    return read
+
+
+def set_at(raw: Any, place: str, value: object) -> None:
+    *parents, last = (int(part) if part.isdigit() else part for part in place.split("."))
+    for part in parents:
+        raw = raw[part]
+    raw[last] = value
+
+
+def refused(path: Path) -> str:
+    """The sentence, from the command line: exit code 2, nothing else printed, and no traceback."""
+    result = CliRunner().invoke(app, ["report", str(path)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.endswith((".\n", "?\n"))
+    assert harmless(result.stderr)
+    with_good = path.parent / "good.json"
+    GOOD.save(with_good)
+    for pair in ([path, with_good], [with_good, path]):
+        compared = CliRunner().invoke(app, ["compare", *map(str, pair)])
+        assert (compared.exit_code, compared.stdout, compared.stderr) == (2, "", result.stderr)
+    return result.stderr.removesuffix("\n")
+
+
+def not_passed(path: Path) -> str:
+    """What the command line prints of a record that it reads and that does not pass."""
+    result = CliRunner().invoke(app, ["report", str(path)])
+    assert result.exit_code == 1
+    assert harmless(result.stdout)
+    assert "FAILED [" in result.stdout
+    return result.stdout
+
+
+def harmless(text: str) -> bool:
+    """Whether every character is one that a terminal shows."""
+    return all(character.isprintable() or character == "\n" for character in text)
+
+
+# No record at all ----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_cut_off_anywhere(path: Path) -> None:
+    data = JSON.encode()
+    lengths = [*range(200), *range(200, len(data), 97), *range(len(data) - 20, len(data))]
+    for length in lengths:
+        path.write_bytes(data[:length])
+        with pytest.raises(RecordError) as caught:
+            Record.load(path)
+        sentence = str(caught.value)
+        assert sentence.startswith((f"{path} is not JSON (", f"The record {path} cannot be read: 'utf-8' codec can't"))
+    path.write_bytes(data[:1000])
+    sentence = refused(path)
+    assert sentence.startswith(f"{path} is not JSON (")
+    assert re.search(r" \(char (999|1000)\)\); was the file cut off\?$", sentence)
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+DEEP = "{} holds JSON that is nested too deeply: it is not a record."
+DEEP_FOR_PYDANTIC = "the whole: Invalid JSON: recursion limit exceeded at line 6 column 210 (1 in all)."
+HALF = "the whole: Invalid JSON: unexpected end of hex escape at line 6 column 18 (1 in all)."
+FILES = {
+    "binary": (
+        bytes(range(128, 256)),
+        "The record {} cannot be read: 'utf-8' codec can't decode byte 0x80 in position 0: invalid start byte.",
+    ),
+    "a number": (b"12", "{} holds a JSON int, not a record."),
+    "deep": (nested(10**6).encode(), DEEP),
+    "deep inside": (JSON.replace('"tiny"', nested(10**5), 1).encode(), DEEP),
+    "deep for pydantic": (
+        JSON.replace('"tiny"', nested(500), 1).encode(), "{} is not a valid record: " + DEEP_FOR_PYDANTIC
+    ),
+    "5000 digits": (
+        JSON.replace('"tiny"', "9" * 5000, 1).encode(), "{} holds a number of too many digits: it is not a record."
+    ),
+    "half a surrogate": (JSON.replace('"tiny"', '"\\ud800"', 1).encode(), "{} is not a valid record: " + HALF),
+    "no schema": (b"{}", "{} has no record schema, so it is not a record; this version of kvcycle reads 1."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "sentence"), FILES.values(), ids=FILES)
+def test_a_file_that_is_no_record(data: bytes, sentence: str, path: Path) -> None:
+    path.write_bytes(data)
+    assert refused(path) == sentence.format(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "Expecting value: line 1 column 1 (char 0)"),
+        (b"\n\n", "Expecting value: line 3 column 1 (char 2)"),
+        (b"\xef\xbb\xbf" + JSON.encode(), "Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 column 1 (char 0)"),
+        (JSON.encode() + b"{}", "Extra data: line "),
+        (b"\x00" * 100, "Expecting value: line 1 column 1 (char 0)"),
+    ],
+    ids=["empty", "blank", "BOM", "two records", "zeros"],
+)
+def test_a_file_that_is_no_json(data: bytes, why: str, path: Path) -> None:
+    path.write_bytes(data)
+    sentence = refused(path)
+    assert sentence.startswith(f"{path} is not JSON ({why}")
+    assert sentence.endswith("); was the file cut off?")
+
+
+def test_a_folder_and_a_file_that_is_not_there(tmp_path: Path, path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert refused(folder) == f"The record {folder} cannot be read: [Errno 21] Is a directory: '{folder}'."
+    assert refused(path) == f"The record {path} cannot be read: [Errno 2] No such file or directory: '{path}'."
+
+
+def test_a_file_that_may_not_be_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    path.touch()
+    monkeypatch.setattr(Path, "open", denied)  # whoever runs the tests may be root, who may read anything
+    with pytest.raises(RecordError) as caught:
+        Record.load(path)
+    assert str(caught.value) == f"The record {path} cannot be read: [Errno 13] Permission denied: '{path}'."
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(RecordError, match=r"^The record a\\x00b cannot be read: .*null (byte|character).*\.$"):
+        Record.load(Path("a\x00b"))
+
+
+def test_a_name_that_would_steer_the_terminal(tmp_path: Path) -> None:
+    name = tmp_path / "a\x1b[2Jb.json"
+    name.write_text("[]")
+    assert refused(name) == f"{tmp_path}/a\\x1b[2Jb.json holds a JSON list, not a record."
+
+
+@pytest.mark.parametrize(
+    ("schema", "shown"),
+    [
+        (True, "True"),
+        (1.0, "1.0"),
+        ("1", "'1'"),
+        ("\x1b[2J\u202e", r"'\x1b[2J\u202e'"),
+        ([1], "[1]"),
+        ("x" * 10**5, "'" + "x" * 39 + "…"),
+        ("x" * 38, "'" + "x" * 38 + "'"),
+        (10**400, "1" + "0" * 39 + "…"),
+        (-1, "-1"),
+        (2, "2"),
+    ],
+    ids=["true", "a float", "text", "an escape", "a list", "long text", "40 characters", "huge", "negative", "another"],
+)
+def test_another_schema(schema: object, shown: str, raw: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(raw | {"schema": schema}))
+    assert refused(path) == f"{path} has record schema {shown}; this version of kvcycle reads schema 1."
+
+
+# Too much ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write_text(JSON)
+    size = len(JSON.encode())
+    monkeypatch.setattr(record_file, "MAX_FILE_BYTES", size)
+    assert Record.load(path) == GOOD
+    monkeypatch.setattr(record_file, "MAX_FILE_BYTES", size - 1)
+    sentence = refused_by_load(path)
+    assert sentence.startswith(f"{path} is larger than ")
+    assert sentence.endswith(f" ({size - 1:,} B), the most that a record may have.")
+
+
+def test_no_more_is_read_than_a_record_may_have(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Endless(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            assert size is not None
+            asked.append(size)
+            return bytes(size)
+
+    def endless(*_: object) -> Endless:
+        return Endless()
+
+    monkeypatch.setattr(record_file, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(Path, "open", endless)  # what /dev/zero would give, and a pipe can
+    assert refused_by_load(path) == f"{path} is larger than 1,000 B, the most that a record may have."
+    assert asked == [1001]
+
+
+def test_a_million_phases(raw: dict[str, Any], path: Path) -> None:
+    phase = {"name": "engine_ready", "t_s": 0, "seconds": 0, "devices": [], "ledger_bytes_sum": 0}
+    text = json.dumps(raw | {"cycles": [{"phases": ["PHASES"]}]}, separators=(",", ":"))
+    path.write_text(text.replace('"PHASES"', ",".join([json.dumps(phase)] * 10**6)))
+    assert refused_by_load(path) == f"{path} is larger than 64.00 MiB (67,108,864 B), the most that a record may have."
+    path.write_text(text.replace('"PHASES"', ",".join([json.dumps(phase)] * 10**4)))
+    assert refused(path).startswith(
+        f"{path} is not a valid record: cycles.0.phases: Tuple should have at most 8 items after validation, not "
+    )
+
+
+def refused_by_load(path: Path) -> str:
+    with pytest.raises(RecordError) as caught:
+        Record.load(path)
+    return str(caught.value)
+
+
+def test_more_than_is_judged_in_seconds(raw: dict[str, Any], path: Path) -> None:
+    def sentence(**changes: object) -> str:
+        path.write_text(json.dumps(raw | changes))
+        return refused(path).removeprefix(f"{path} is not a valid record: ")
+
+    empty: dict[str, Any] = {"phases": []}
+    devices = [{"id": index, "kind": "cpu"} for index in range(MAX_DEVICES + 1)]
+    assert sentence(cycles=[empty] * (MAX_CYCLES + 1)).startswith("cycles: Tuple should have at most 1000 items after")
+    assert sentence(devices=devices).startswith("devices: Tuple should have at most 256 items after validation, not ")
+    assert sentence(cycles=[empty] * 65, devices=devices[:-1]) == (
+        "the whole: Value error, 65 cycles of 256 devices are more than a record may hold (cycles x devices at most "
+        "16,384) (1 in all)."
+    )
+    assert sentence(generates=[raw["generates"][0]] * 10_001).startswith("generates: Tuple should have at most 10000")
+    assert sentence(canaries=[raw["canaries"][0]] * 1001).startswith("canaries: Tuple should have at most 1000 items")
+    for key in ("residue_before", "residue_after"):
+        cycle = raw["cycles"][0] | {key: [{}] * 1001}
+        assert sentence(cycles=[cycle]).startswith(f"cycles.0.{key}: Tuple should have at most 1000 items after")
+
+
+def test_the_most_that_a_record_may_hold_is_judged(raw: dict[str, Any], path: Path) -> None:
+    devices = [{"id": index, "kind": "cpu"} for index in range(MAX_DEVICES)]
+    path.write_text(json.dumps(raw | {"cycles": [{"phases": []}] * 64, "devices": devices}))
+    verdicts = judge(Record.load(path))
+    assert len(verdicts) < 10**5
+    assert not passed(verdicts)
+
+
+# Values that are none ------------------------------------------------------------------------------------------------
+
+INT64 = "Input should be less than or equal to 9223372036854775807"
+AGAIN = "Value error, device 0 is there more than once"
+VALUES = [
+    ("kv.bytes", -1, "Input should be greater than or equal to 0"),
+    ("kv.bytes", 10**400, INT64),
+    ("kv.bytes", 2**63, INT64),
+    ("kv.bytes", 1.0, "Input should be a valid integer"),
+    ("kv.bytes", True, "Input should be a valid integer"),
+    ("kv.bytes", float("nan"), "Input should be a valid integer"),
+    ("kv.bytes_by_device.0", -1, "Input should be greater than or equal to 0"),
+    ("kv.claimed_bytes", 1e300, "Input should be a valid integer"),
+    ("canaries.0.rise_bytes", 1.5, "Input should be a valid integer"),
+    ("canaries.0.rise_bytes", "16777216", "Input should be a valid integer"),
+    ("canaries.0.fall_bytes", -(2**63) - 1, "Input should be greater than or equal to -9223372036854775808"),
+    ("generates.0.seconds", float("nan"), "Input should be "),
+    ("generates.0.seconds", float("inf"), "Input should be "),
+    ("generates.0.seconds", 1e300, "Input should be less than or equal to 1000000000"),
+    ("generates.0.seconds", "17", "Input should be a valid number"),
+    ("generates.0.token_ids.0", 1.0, "Input should be a valid integer"),
+    ("generates.0.token_ids.0", 10**400, INT64),
+    ("generates.0.logprobs.0", 1e300, "Input should be less than or equal to 34028235"),
+    ("generates.0.logprobs.0", -1e300, "Input should be greater than or equal to -34028235"),
+    ("generates.0.logprobs.0", float("nan"), "Input should be "),
+    ("cycles.0.swap.leaves", "51", "Input should be a valid integer"),
+    ("cycles.0.swap", [], "Input should be an object"),
+    ("stack.jax", 1, "Input should be a valid string"),
+    ("profile", [], "Input should be an object"),
+    ("devices", [{"id": 0, "kind": "cpu"}] * 2, AGAIN),
+    ("cycles.0.phases.3.devices", [{"id": 0, "ledger_bytes": 0}] * 2, AGAIN),
+    ("boot.before", [{"id": 0, "ledger_bytes": 0}] * 2, AGAIN),
+    ("boot.after", [{"id": 0, "ledger_bytes": 0}] * 2, AGAIN),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "sentence"), VALUES)
+def test_a_value_that_is_none(place: str, value: object, sentence: str, raw: dict[str, Any], path: Path) -> None:
+    set_at(raw, place, value)
+    path.write_text(json.dumps(raw))
+    assert refused(path).startswith(f"{path} is not a valid record: {place}: {sentence}")
+
+
+def test_a_verdict_of_infinity(raw: dict[str, Any], path: Path) -> None:
+    verdict = {"id": "x", "scope": "run", "verdict": "pass", "message": "m"}
+    for key in ("expected", "measured"):
+        path.write_text(json.dumps(raw | {"checks": [verdict | {key: float("inf")}]}))
+        assert refused(path).startswith(
+            f"{path} is not a valid record: checks.0.{key}.int: Input should be a valid int"
+        )
+
+
+#: The profile is free otherwise: what checks read of it is not.
+PROFILE = [
+    ("cycle.cycles", 10**9, "1000000000", "Input should be less than or equal to 1000"),
+    ("cycle.cycles", "2", "'2'", "Input should be a valid integer"),
+    ("cycle.cycles", float("nan"), "nan", "Input should be a valid integer"),
+    ("cycle.generate", "false", "'false'", "Input should be a valid boolean"),
+    ("cycle", 5, "5", "it must be a table"),
+    ("cycle", None, "None", "it must be a table"),
+    ("tolerances", [1], "[1]", "it must be a table"),
+    ("tolerances.allocator_bytes", "4096", "'4096'", "Input should be a valid integer"),
+    ("tolerances.allocator_bytes", -1, "-1", "Input should be greater than or equal to 0"),
+    ("tolerances.allocator_bytes", 2**63, "9223372036854775808", "Input should be less than 9223372036854775808"),
+    ("tolerances.rss_fraction", [0.5], "[0.5]", "Input should be a valid number"),
+    ("tolerances.rss_fraction", 1, "1", "Input should be less than 1"),
+    ("tolerances.rss_fraction", float("nan"), "nan", "Input should be "),
+    ("tolerances.logprob", float("inf"), "inf", "Input should be a finite number"),
+    ("thresholds.latency_factor_of_warm", float("nan"), "nan", "Input should be "),
+    ("thresholds.latency_factor_of_warm", float("inf"), "inf", "Input should be a finite number"),
+    ("thresholds.latency_fraction_of_cold", float("nan"), "nan", "Input should be "),
+    ("thresholds.min_distinct_tokens", 1, "1", "Input should be greater than or equal to 2"),
+    (
+        "thresholds.min_distinct_tokens",
+        10**400,
+        f"1{'0' * 17}...{'0' * 19}",
+        "Input should be less than 92233720368547",
+    ),
+    ("engine.disable_precompile", 0, "0", "Input should be a valid boolean"),
+    ("engine", "x" * 999, f"'{'x' * 12}...{'x' * 13}'", "it must be a table"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "shown", "why"), PROFILE)
+def test_a_profile_that_cannot_be_judged(
+    key: str, value: object, shown: str, why: str, raw: dict[str, Any], path: Path
+) -> None:
+    set_at(raw["profile"], key, value)
+    path.write_text(json.dumps(raw))
+    sentence = f"{path} is not a valid record: profile: Value error, {key}={shown} will not do: {why}"
+    assert refused(path).startswith(sentence)
+
+
+def test_phases_out_of_order(raw: dict[str, Any], path: Path) -> None:
+    phases = raw["cycles"][0]["phases"]
+    phases[3], phases[4] = phases[4], phases[3]
+    path.write_text(json.dumps(raw))
+    assert refused(path).startswith(
+        f"{path} is not a valid record: cycles.0: Value error, the phases are not in the cycle's order, each once: "
+        "engine_ready, generate_result, flush_cache_before_kv_drop, sglang_param_dict2_ready, kv_cache_dropped, "
+    )
+
+
+def test_a_profile_of_another_version_is_judged(raw: dict[str, Any], path: Path) -> None:
+    raw["profile"] = {"name": "tiny", "cycle": {"cycles": 1, "new_key": "x"}, "new_table": [1]}
+    path.write_text(json.dumps(raw))
+    assert passed(judge(Record.load(path)))
+    path.write_text(json.dumps(raw | {"profile": {}}))
+    assert passed(judge(Record.load(path)))
+
+
+def test_a_profile_asks_for_cycles_that_are_not_there(raw: dict[str, Any], path: Path) -> None:
+    set_at(raw, "profile.cycle.cycles", 1000)
+    path.write_text(json.dumps(raw))
+    text = not_passed(path)
+    assert "inconclusive cycles.no_growth: cycle999: the run ended before this cycle." in text
+    assert "999 inconclusive" in text
+
+
+# Text that would steer the terminal ----------------------------------------------------------------------------------
+
+
+def everywhere(raw: dict[str, Any]) -> None:
+    """Puts the evil text wherever a record has free text that is shown."""
+    raw["profile"]["name"] = EVIL
+    raw["stack"] = dict.fromkeys(raw["stack"], EVIL)
+    for device in raw["devices"]:
+        device["kind"] = EVIL
+    raw["kv"] |= {"predicted_by": EVIL, "predicted_how": EVIL, "claimed_bytes": 1}
+    raw["kv"]["pools"][0]["type"] = EVIL
+    phases = {phase["name"]: phase["info"] for phase in raw["cycles"][0]["phases"]}
+    phases["sglang_param_dict2_ready"]["error"] = EVIL
+    rebuild = phases["kv_cache_rebuilt"]
+    slot, layout = rebuild["layouts_after"].popitem()
+    rebuild["layouts_before"] |= {EVIL: layout}
+    rebuild["layouts_after"] |= {EVIL: layout | {"dtype": EVIL}, slot: layout}
+    rebuild |= {"moved_owners": [EVIL], "nonzero_slots": [EVIL]}
+
+
+def test_no_text_of_a_record_steers_the_terminal(raw: dict[str, Any], path: Path) -> None:
+    everywhere(raw)
+    path.write_text(json.dumps(raw))
+    text = "".join(not_passed(path).split())
+    for part in (
+        f"FAILED [simulated-on-cpu] {SHOWN} on 2 {SHOWN} devices, sglang-jax {SHOWN}, jax {SHOWN}: ",
+        f"predicted by {SHOWN}: {SHOWN}",
+        f"fail params2.fits: cycle0: {SHOWN}",
+        f"first: {SHOWN}: dtype was bfloat16 and is {SHOWN}: 1, expected 0.",
+        f"first: {SHOWN}: 1, expected 0.",
+        f"predicted by {SHOWN}: 1 B, expected",
+    ):
+        assert part.replace(" ", "") in text
+
+
+def test_own_colors_are_the_only_escapes_of_a_terminal(raw: dict[str, Any]) -> None:
+    everywhere(raw)
+    record = Record.model_validate_json(json.dumps(raw))
+    buffer = io.StringIO()
+    terminal.show(record, judge(record), Console(file=buffer, force_terminal=True, highlight=False))
+    text = buffer.getvalue()
+    assert "\x1b[1;31mFAILED\x1b[0m" in text
+    assert harmless(re.sub(r"\x1b\[[0-9;]*m", "", text))
+
+
+def test_verdicts_of_others_do_not_steer_the_terminal_either(raw: dict[str, Any]) -> None:
+    verdict = {"id": EVIL, "scope": EVIL, "message": EVIL, "causes": [EVIL]}
+    raw["checks"] = [verdict | {"verdict": outcome} for outcome in ("pass", "fail", "inconclusive", "not-run")]
+    record = Record.model_validate_json(json.dumps(raw))
+    buffer = io.StringIO()
+    terminal.show(record, record.checks, Console(file=buffer, width=500, highlight=False))
+    assert harmless(buffer.getvalue())
+    assert f"fail {SHOWN}: {SHOWN}\n    likely: {SHOWN}\n" in buffer.getvalue()
+    assert f"not run: {SHOWN}: the profile leaves generation out." in buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        (f"{EVIL}", f"{SHOWN}: Extra inputs are not permitted (1 in all)."),
+        ("evidence", "evidence: Input should be 'measured-on-tpu', "),
+        ("cycles.0.phases.3.info.kind", f"cycles.0.phases.3.info: Input tag '{SHOWN}' found using 'kind' does"),
+        (
+            f"cycles.0.phases.3.devices.0.by_owner.{EVIL}",
+            f"cycles.0.phases.3.devices.0.by_owner.{SHOWN}.[key]: Input should be 'weights', 'kv', ",
+        ),
+    ],
+)  # fmt: skip
+def test_a_refusal_shows_what_it_quotes_harmlessly(place: str, sentence: str, raw: dict[str, Any], path: Path) -> None:
+    set_at(raw, place, EVIL)
+    path.write_text(json.dumps(raw))
+    assert refused(path).startswith(f"{path} is not a valid record: {sentence}")
+
+
+@given(text=st.text(max_size=20))
+def test_any_text_is_made_printable(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable()
+    assert printable(shown) == shown
+
+
+@pytest.mark.parametrize("text", ["2.25 GiB (2,415,992,832 B)", "P('data', None) over {'data': 1}", "…×–’ ☃ 语"])
+def test_plain_text_is_left_alone(text: str) -> None:
+    assert printable(text) == text
+
+
+# Anything at all -----------------------------------------------------------------------------------------------------
+
+
+def places(value: object, here: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Every place in a JSON value, the whole first."""
+    yield here
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield from places(entry, (*here, key))
+
+
+BOTH = [json.loads(good_record(cycles=1, devices=2, allocator=allocator).to_json()) for allocator in (False, True)]
+PLACES = [list(places(read)) for read in BOTH]
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.sampled_from([2**31, 2**63 - 1, 2**63, -(2**63), 10**30, 10**400])
+    | st.floats()
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    | st.sampled_from([*PLACES[0][1:][:3], "ledger", "rss", "warm", "pass", "kv_cache_dropped", EVIL])
+)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def spoiled(draw: st.DrawFn) -> Any:
+    """A good record's JSON with up to three values replaced, removed, or copied from elsewhere in it."""
+    which = draw(st.integers(0, 1))
+    value: Any = copy.deepcopy(BOTH[which])
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.sampled_from(PLACES[which]))
+        if not place:
+            continue
+        parent = value
+        try:
+            for part in place[:-1]:
+                parent = parent[part]
+            change: Callable[[], object] = draw(
+                st.sampled_from([lambda: draw(anything), lambda: at(BOTH[which], draw(st.sampled_from(PLACES[which])))])
+            )
+            if draw(st.booleans()):
+                parent[place[-1]] = change()
+            else:
+                del parent[place[-1]]
+        except (KeyError, IndexError, TypeError):
+            continue  # an earlier change has taken the place away
+    return value
+
+
+def at(value: Any, place: tuple[str | int, ...]) -> Any:
+    for part in place:
+        value = value[part]
+    return value
+
+
+@settings(max_examples=150)
+@given(value=spoiled())
+def test_any_change_is_refused_or_judged(value: object, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "spoiled.json"
+    path.write_text(json.dumps(value))
+    try:
+        record = Record.load(path)
+    except RecordError as error:
+        assert harmless(str(error))  # noqa: PT017 - it need not be refused
+        return
+    verdicts = judge(record)
+    buffer = io.StringIO()
+    terminal.show(record, verdicts, Console(file=buffer, width=80, highlight=False))
+    assert harmless(buffer.getvalue())
+    path.write_text(record.to_json())
+    assert judge(Record.load(path)) == verdicts
