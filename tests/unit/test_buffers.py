@@ -292,7 +292,7 @@ def test_a_pool_of_rank_3_is_dropped_and_rebuilt_in_place(mesh: Mesh) -> None:
     sharding = NamedSharding(mesh, PartitionSpec(None, "tensor", None))
 
     def buffer() -> jax.Array:
-        return jax.device_put(jnp.ones((tokens + page, heads * 2, width), jnp.bfloat16), sharding)
+        return cast(jax.Array, jax.device_put(jnp.ones((tokens + page, heads * 2, width), jnp.bfloat16), sharding))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def forward(buffers: list[jax.Array]) -> list[jax.Array]:

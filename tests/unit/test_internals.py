@@ -63,7 +63,7 @@ def test_a_prompt_between_two_chunks_is_not_retracted_where_it_would_be_forgotte
 
 def test_a_scheduler_without_what_is_needed_is_refused_with_what_was_tested() -> None:
     class Bare(Scheduler):
-        _can_flush_cache = property()  # type: ignore[assignment]  # an attribute that hasattr does not find
+        _can_flush_cache = property()  # an attribute that hasattr does not find
 
     with pytest.raises(UnsupportedEngineError) as refusal:
         inband.channel_of(engine_of(Bare()))
