@@ -3,7 +3,7 @@
 At any exception in the scheduler's loop, the forward thread or at boot, sglang-jax sends SIGQUIT to its own process or
 to its parent (make, the shell, the CI runner) and kills its whole tree. Here the crash becomes an error in the caller
 instead, with the engine's own last words. Nothing else of sglang-jax is replaced than what is named here, and each part
-is given back where it outlives the engine. Seen on sglang-jax 0.1.0rc0:
+is given back where it outlives the engine. Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0:
 
 - ``entrypoints.engine._set_envs_and_config``, during the boot: it installs the SIGQUIT handler that kills the tree, so
   ours follows it at once;

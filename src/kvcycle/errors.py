@@ -7,6 +7,10 @@ class KVCycleError(Exception):
     """Base of all errors raised by kvcycle; its text is a whole sentence for a person."""
 
 
+class UntestedStackWarning(UserWarning):
+    """The installed sglang-jax, or its jax, is none that kvcycle was tested with; nothing is refused for that."""
+
+
 class ProfileError(KVCycleError):
     """A profile, or an override of one, cannot be used; raised before anything expensive starts."""
 

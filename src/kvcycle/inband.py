@@ -2,11 +2,11 @@
 
 What touches the buffers must not race a forward, and a forward takes them away (donates) and puts new ones back. So it
 is sent to the scheduler as a message, which its dispatcher hands to us on its thread. The private API that this needs,
-seen on sglang-jax 0.1.0rc0 (the rest stands in ``internals.py``):
+seen on sglang-jax 0.1.0rc0 and 0.0.3rc0 (the rest stands in ``internals.py``):
 
 - ``scheduler._request_dispatcher._mapping``: (type, handler) pairs, tried in order;
 - ``engine.send_to_rpc``: a socket whose messages the scheduler's loop receives;
-- ``scheduler.on_idle()``: called when nothing runs and the pipeline is empty; not while the user has paused the engine;
+- the loop's idle work: done when nothing runs and the pipeline is empty; not while the user has paused the engine;
 - ``scheduler.get_next_batch_to_run()``: called once an iteration; while the channel is *held* it returns no batch, so
   that requests queue and nothing is forwarded, whatever else continues or pauses the engine.
 """
@@ -24,7 +24,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from kvcycle.errors import EngineBusyError, EngineCrashedError
-from kvcycle.internals import between_batches, scheduler_of, unfinished_requests
+from kvcycle.internals import (
+    after_idle_work,
+    between_batches,
+    is_fully_idle,
+    scheduler_of,
+    unfinished_requests,
+    warn_if_untested,
+)
 
 #: "now": between two iterations. "between": between two iterations, and no request is half-way from the prefill to the
 #: running batch. "idle": no request is queued or running and the pipeline has drained, or the channel is held.
@@ -130,17 +137,13 @@ class Channel:
     def _install(self) -> None:
         mapping = self.scheduler._request_dispatcher._mapping
         mapping.append((Call, self._receive))
-        on_idle, next_batch = self.scheduler.on_idle, self.scheduler.get_next_batch_to_run
-
-        def on_idle_then_deferred() -> None:
-            on_idle()
-            self._run_deferred("idle")
+        next_batch = self.scheduler.get_next_batch_to_run
 
         def next_batch_unless_held() -> Any:
             self._run_deferred("between")
             return None if self.held else next_batch()
 
-        self.scheduler.on_idle = on_idle_then_deferred
+        after_idle_work(self.scheduler, lambda: self._run_deferred("idle"))
         self.scheduler.get_next_batch_to_run = next_batch_unless_held
 
     def _run_deferred(self, at: At) -> None:
@@ -152,7 +155,7 @@ class Channel:
 
     def _has_come(self, at: At) -> bool:
         if at == "idle":
-            return self.held or bool(self.scheduler.is_fully_idle())
+            return self.held or is_fully_idle(self.scheduler)
         return at == "now" or between_batches(self.scheduler)
 
     def _receive(self, message: Call) -> None:
@@ -213,6 +216,7 @@ def channel_of(engine: Any) -> Channel:
         channel = getattr(engine, _CHANNEL, None)
         if not isinstance(channel, Channel):
             channel = Channel(engine)
+            warn_if_untested()
             setattr(engine, _CHANNEL, channel)
         return channel
 

@@ -1,11 +1,13 @@
 """The parts of sglang-jax that are not its public API and that kvcycle needs, each named once.
 
-Seen on sglang-jax 0.1.0rc0:
+Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0; what only one of them has is asked for where it is needed:
 
 - ``engine.scheduler_info["scheduler"]`` (single-process engines), its ``.tp_worker``, and with overlap that one's
   ``.worker``;
 - ``model_runner``: ``memory_pools``, ``token_to_kv_pool``, ``model_state_leaves`` (what forwards read) and ``model``;
 - ``scheduler.get_next_batch_to_run``: what the loop asks for work, once an iteration unless the user has paused it;
+- ``scheduler.on_idle``, or ``check_tree_cache`` (0.0.3rc0): what the loop calls when there is nothing to do;
+- ``scheduler.is_fully_idle``, or ``_can_flush_cache`` (0.0.3rc0): whether the pipeline of finished requests is empty;
 - ``scheduler.pause_generation``, ``abort_request`` and the queues that they act on;
 - ``engine.tokenizer_manager.generate_request``: what generate, async_generate, streaming, encode, rerank and score go
   through, and ``.flush_cache``.
@@ -13,13 +15,22 @@ Seen on sglang-jax 0.1.0rc0:
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
 
-from kvcycle.errors import EngineBusyError, UnsupportedEngineError
+from kvcycle.errors import EngineBusyError, UnsupportedEngineError, UntestedStackWarning
+
+#: The stacks that kvcycle's tests pass on: sglang-jax, and the jax that it asks for. constraints/ has a file of each.
+TESTED_STACKS = {"0.1.0rc0": "0.10.2", "0.0.3rc0": "0.8.1"}
+
+#: By version, newest first: the last thing that the loop does in an iteration without work.
+_IDLE_WORK = ("on_idle", "check_tree_cache")
 
 
 def scheduler_of(engine: Any) -> Any:
@@ -39,16 +50,44 @@ def scheduler_of(engine: Any) -> Any:
         raise UnsupportedEngineError(
             "The engine's scheduler runs in another process; boot the Engine with enable_single_process=True."
         )
-    missing = [
-        name
-        for name in ("_request_dispatcher", "on_idle", "is_fully_idle", "tp_worker", "get_next_batch_to_run")
-        if not hasattr(scheduler, name)
+    needed = [
+        ("_request_dispatcher",),
+        ("tp_worker",),
+        ("get_next_batch_to_run",),
+        ("flush_cache",),
+        _IDLE_WORK,
+        ("is_fully_idle", "_can_flush_cache"),
     ]
+    missing = [" or ".join(names) for names in needed if not any(hasattr(scheduler, name) for name in names)]
     if missing:
         raise UnsupportedEngineError(
-            f"This sglang-jax's scheduler has no {', '.join(missing)}; kvcycle was made for 0.1.0rc0."
+            f"This sglang-jax's scheduler has no {', no '.join(missing)}; kvcycle was tested with {_tested_stacks()}."
         )
     return scheduler
+
+
+def warn_if_untested() -> None:
+    """Warn, once in a process, when the installed sglang-jax or jax is none that kvcycle was tested with."""
+    try:
+        version = importlib.metadata.version("sglang-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        version = "of an unknown version"
+    if TESTED_STACKS.get(version) != jax.__version__:
+        _warn_untested(version, jax.__version__)
+
+
+@cache
+def _warn_untested(sglang_jax: str, jax_version: str) -> None:
+    warnings.warn(
+        f"This is sglang-jax {sglang_jax} on jax {jax_version}; kvcycle was tested with {_tested_stacks()}. It goes "
+        "on: what it needs of sglang-jax is there, and the checks say whether it still does what it did.",
+        UntestedStackWarning,
+        stacklevel=3,
+    )
+
+
+def _tested_stacks() -> str:
+    return " and ".join(f"sglang-jax {version} on jax {jax_version}" for version, jax_version in TESTED_STACKS.items())
 
 
 def runner_of(engine: Any) -> Any:
@@ -83,6 +122,31 @@ def _running_requests(scheduler: Any) -> list[Any]:
     return list(running.values())
 
 
+def is_fully_idle(scheduler: Any) -> bool:
+    """Whether no request is queued or running and the pipeline of finished ones has drained."""
+    if hasattr(scheduler, "is_fully_idle"):
+        return bool(scheduler.is_fully_idle())
+    can_flush, _ = scheduler._can_flush_cache()
+    return bool(can_flush) and not scheduler.grammar_queue
+
+
+def after_idle_work(scheduler: Any, then: Callable[[], None]) -> None:
+    """Call ``then`` on the scheduler's thread at the end of every iteration of its loop that found nothing to do."""
+    name = idle_work(scheduler)
+    work = getattr(scheduler, name)
+
+    def work_then() -> None:
+        work()
+        then()
+
+    setattr(scheduler, name, work_then)
+
+
+def idle_work(scheduler: Any) -> str:
+    """The name of the method that the loop calls last when it found nothing to do."""
+    return next(name for name in _IDLE_WORK if hasattr(scheduler, name))
+
+
 def unfinished_requests(scheduler: Any) -> dict[str, int]:
     """Requests that are queued or running, by place; finished ones whose results still drain do not count."""
     return {
@@ -113,7 +177,11 @@ def between_batches(scheduler: Any) -> bool:
     """
     last = scheduler.last_batch
     parked = getattr(scheduler, "_eagle3_overlap_parked_batch", None)
-    return parked is None and (last is None or not last.forward_mode.is_extend())
+    # 0.0.3rc0 forgets also a request whose prompt is computed in chunks and waits for its next one.
+    chunked = not hasattr(scheduler, "_retract_parked_chunked_reqs") and any(
+        request is not None for request in scheduler.chunked_reqs
+    )
+    return parked is None and not chunked and (last is None or not last.forward_mode.is_extend())
 
 
 def retract_requests(scheduler: Any) -> list[str]:
@@ -141,6 +209,9 @@ def flush(scheduler: Any, *, keep_waiting: bool = False) -> None:
     Raises:
         EngineBusyError: the scheduler refused, with its own reason.
     """
+    if scheduler.grammar_queue:  # 0.0.3rc0 does not count them, and would reset their grammars
+        reason = f"requests wait for their grammar: {len(scheduler.grammar_queue)}"
+        raise EngineBusyError(f"The engine's cache cannot be flushed: {reason}.", unfinished_requests(scheduler))
     queues = {name: getattr(scheduler, name) for name in ("waiting_queue", "pending_dp_reqs")} if keep_waiting else {}
     for name in queues:
         setattr(scheduler, name, [])
@@ -158,13 +229,7 @@ def rest_when_idle(scheduler: Any, seconds: float = 0.001) -> None:
 
     For virtual devices only, where a machine of few cores is everything: on an accelerator it would add latency.
     """
-    on_idle = scheduler.on_idle
-
-    def rest() -> None:
-        on_idle()
-        time.sleep(seconds)
-
-    scheduler.on_idle = rest
+    after_idle_work(scheduler, lambda: time.sleep(seconds))
 
 
 def refuse_requests(engine: Any, reason: Callable[[], Exception | None]) -> None:

@@ -77,6 +77,11 @@ class Ledger:
             if _in_host_memory(array):
                 return ()
             array.block_until_ready()
+            if len(array.sharding.device_set) == 1 and array.is_fully_addressable:
+                # Its only shard's data would be the array itself: jax 0.8.1 keeps that cycle, and with it the buffer,
+                # until the garbage collector comes by.
+                (device,) = array.devices()
+                return ((device.id, array.unsafe_buffer_pointer(), array.on_device_size_in_bytes()),)
             return tuple(
                 (shard.device.id, shard.data.unsafe_buffer_pointer(), shard.data.on_device_size_in_bytes())
                 for shard in array.addressable_shards

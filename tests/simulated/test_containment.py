@@ -120,7 +120,7 @@ def test_a_scheduler_that_dies_idle_is_noticed_by_the_next_step(suite: Suite) ->
         from kvcycle.kv_cache import KVCache
         drop = KVCache.drop
         def late(self, **arguments):
-            scheduler.on_idle = broken
+            setattr(scheduler, kvcycle.internals.idle_work(scheduler), broken)
             channel.thread.join()
             return drop(self, **arguments)
         KVCache.drop = late
@@ -135,7 +135,7 @@ def test_a_scheduler_that_dies_after_the_cycles_fails_the_last_test(suite: Suite
         import kvcycle.checks
         judge = kvcycle.checks.judge
         def late(record):
-            scheduler.on_idle = broken
+            setattr(scheduler, kvcycle.internals.idle_work(scheduler), broken)
             channel.thread.join()
             return judge(record)
         kvcycle.checks.judge = late

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -23,12 +22,9 @@ from kvcycle.plan.topologies import find_topology
 from kvcycle.profile import Profile
 from kvcycle.profile_file import load_profile
 from kvcycle.record import PHASES, Record
+from tests.simulated.compiler import PLANS, needs_libtpu
 
 RUNNER = CliRunner()
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'kvcycle[plan]'"
-)
 
 #: Small batches and a short context: the steps then compile in seconds.
 SMALL: dict[str, Any] = {
@@ -69,6 +65,16 @@ def planned(asked: Reply) -> Plan:
     """The plan among it."""
     assert asked.plan is not None
     return asked.plan
+
+
+@pytest.mark.skipif(PLANS, reason="kvcycle plans with this sglang-jax")
+def test_another_way_of_allocating_is_refused_by_name() -> None:
+    result = RUNNER.invoke(app, ["plan", "-p", "tiny", "-t", "v4-8"])
+    assert result.exit_code != 0
+    assert " ".join(result.output.split()) == (
+        "This version of kvcycle cannot plan with sglang-jax 0.0.3rc0: sgl_jax.srt.mem_cache.memory_pool has no "
+        "_get_kv_zero_allocator. It is known to plan with sglang-jax 0.1.0rc0."
+    )
 
 
 def loaded_params_bytes(config: dict[str, Any], tp: int) -> int:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-
-import pytest
 
 from kvcycle import checkpoint, checks, reference
 from kvcycle.plan.api import plan
@@ -16,13 +13,10 @@ from kvcycle.predict import predict, predict_by_arithmetic
 from kvcycle.profile_file import load_profile
 from kvcycle.record import Record
 from kvcycle.report import side_by_side
+from tests.simulated.compiler import needs_libtpu
 
 #: What `make replay` wrote (simulated-on-cpu, sglang-jax 0.1.0rc0, jax 0.10.2, 2 cores, 24 GiB).
 FULL_SIZE = Path(__file__).parents[1] / "data" / "qwen2.5-3b-v4-8.replay.json"
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'kvcycle[plan]'"
-)
 
 
 def test_a_replay_with_dummy_weights_passes_without_generation(

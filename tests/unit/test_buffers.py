@@ -16,6 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from kvcycle.buffers import Attribute, BufferSpec, Slot, ZeroAllocator, ZeroTester, bytes_by_device, find_slots
 from kvcycle.compiles import counting
 from kvcycle.errors import UnknownBufferError
+from kvcycle.kv_cache import KVCache
+from tests.unit.engines import Scheduler003, engine_of
 
 
 class Pool:
@@ -329,6 +331,41 @@ def test_a_layout_is_readable(sharded: dict[str, jax.Array], uncommitted: dict[s
     assert (plain.dtype, plain.committed, plain.weak_type) == ("int32", False, True)
     assert plain.sharding.startswith("SingleDeviceSharding(")
     assert plain.memory_kind == jax.devices()[0].default_memory().kind
+
+
+# A pool of rank 3, as sglang-jax had them up to 0.0.2 -----------------------------------------------------------------
+
+
+def test_a_pool_of_rank_3_is_dropped_and_rebuilt_in_place(mesh: Mesh) -> None:
+    """One buffer a layer: tokens and a page, K and V of every head side by side, their width."""
+    layers, tokens, page, heads, width = 3, 32, 16, 4, 128
+    sharding = NamedSharding(mesh, PartitionSpec(None, "tensor", None))
+
+    def buffer() -> jax.Array:
+        return cast(jax.Array, jax.device_put(jnp.ones((tokens + page, heads * 2, width), jnp.bfloat16), sharding))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def forward(buffers: list[jax.Array]) -> list[jax.Array]:
+        return [kv + 1 for kv in buffers]
+
+    pool = Pool(kv_buffer=[buffer() for _ in range(layers)], kv_sharding=sharding, size=tokens, page_size=page)
+    pool.kv_buffer[:] = forward(pool.kv_buffer)
+    held, before = pool.kv_buffer, list(pool.kv_buffer)
+    kv = KVCache(engine_of(Scheduler003({"token_to_kv_pool": pool})))
+    assert [slot.path for slot in kv.slots] == [f"token_to_kv_pool.kv_buffer[{layer}]" for layer in range(layers)]
+    with kv.released() as freed:
+        assert all(a.is_deleted() for a in before)
+    # K and V of one head on each of the four devices.
+    assert freed.bytes_by_device == dict.fromkeys(range(4), layers * (tokens + page) * 2 * width * 2)
+    assert (freed.deleted_buffers, freed.missing_delete_method) == (layers, 0)
+    assert pool.kv_buffer is held
+    for was, now in zip(before, pool.kv_buffer, strict=True):
+        assert (now.shape, now.dtype, now.sharding) == (was.shape, was.dtype, sharding)
+        assert not np.asarray(now).any()
+    with counting() as span:
+        pool.kv_buffer[:] = forward(pool.kv_buffer)
+    assert span.compiles.any_work == 0
+    assert all((np.asarray(a) == 1).all() for a in pool.kv_buffer)
 
 
 # Counting bytes ------------------------------------------------------------------------------------------------------

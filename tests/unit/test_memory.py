@@ -132,6 +132,18 @@ def test_an_alias_counts_once(mesh: Mesh) -> None:
     assert growth(before, snapshot()) == dict.fromkeys(range(4), 0)
 
 
+def test_an_array_that_was_read_still_goes_with_its_last_reference() -> None:
+    gc.disable()
+    try:
+        before = snapshot()
+        array = jax.device_put(jnp.ones(1000, jnp.int8), jax.devices()[2])
+        assert growth(before, snapshot({"kv": [array]}))[2] == 1000
+        del array
+        assert growth(before, snapshot())[2] == 0
+    finally:
+        gc.enable()
+
+
 def test_a_deleted_array_is_not_counted(mesh: Mesh) -> None:
     before = snapshot()
     array = put(mesh, 4000, "x")
