@@ -33,7 +33,7 @@ soak: $(STAMP) ## Run CYCLES=1000 cycles on one engine (tiny model, virtual CPU 
 	$(BIN)/python scripts/guard.py $(BIN)/kvcycle soak --cycles $(CYCLES) $(ARGS)
 
 test: lint ## Lint, check types and run every test that needs no TPU
-	$(PYTEST) -m "not tpu" --junitxml=reports/tests/junit.xml $(ARGS)
+	$(PYTEST) -m "not tpu" --junitxml=reports/tests$(VENV:.venv%=%)/junit.xml $(ARGS)
 
 mutants: $(STAMP) ## Test the tests: the share of small faults in checks, ledger and record that they notice
 	$(BIN)/python scripts/mutants.py

@@ -108,9 +108,7 @@ class BufferSpec:
         mesh = getattr(self.sharding, "mesh", None)
         # str() of a sharding repeats the whole mesh; its spec and axis sizes say the same and stay readable.
         where = f"{spec} over {dict(mesh.shape)}" if spec is not None and mesh is not None else str(self.sharding)
-        where = where.replace(
-            "PartitionSpec(", "P(", 1
-        )  # as jax 0.8.1 writes it: records of two stacks can be compared
+        where = where.replace("PartitionSpec(", "P(", 1)  # jax 0.8.1's name for it: records of two stacks compare
         return Layout(
             shape=self.shape,
             dtype=str(self.dtype),

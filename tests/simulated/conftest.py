@@ -20,13 +20,19 @@ from kvcycle.record import Generate
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Profile:
-    """The tiny profile with one cycle, and on jax 0.8.1 with a quarter of the cache.
+def smaller() -> dict[str, float]:
+    """What the tests that generate change in the tiny profile: nothing, but on jax 0.8.1 a quarter of the cache.
 
-    On a CPU that jax interprets the kernel that writes a token's K and V with a copy of the whole buffer for each
-    token, which at full size takes longer than everything else together.
+    On a CPU that jax interprets the kernel that writes a token's K and V with copies of the whole buffer, which at the
+    profile's size takes longer than everything else together. What else the process maps and unmaps meanwhile does not
+    shrink with the cache, so the tolerance of its resident memory stays the same in bytes.
     """
-    smaller = {"engine.max_total_tokens": 4096} if stack().jax == "0.8.1" else {}
+    return {"engine.max_total_tokens": 4096, "tolerances.rss_fraction": 0.08} if stack().jax == "0.8.1" else {}
+
+
+@pytest.fixture(scope="session")
+def tiny(smaller: dict[str, float]) -> Profile:
+    """The tiny profile with one cycle."""
     return kvcycle.load_profile("tiny", {"cycle.cycles": 1, **smaller})
 
 

@@ -38,8 +38,9 @@ def outcomes(folder: Path) -> Counter[str]:
     return counts
 
 
-def test_the_suite_passes_on_virtual_devices(run_suite: Run, tmp_path: Path) -> None:
-    done = run_suite("--kv-platform", "cpu", "--kv-cycles", "1")
+def test_the_suite_passes_on_virtual_devices(run_suite: Run, tmp_path: Path, smaller: dict[str, float]) -> None:
+    keys = [argument for key, value in smaller.items() for argument in ("--kv-set", f"{key}={value}")]
+    done = run_suite("--kv-platform", "cpu", "--kv-cycles", "1", *keys)
     assert done.returncode == 0, done.stdout
     counts = outcomes(tmp_path)
     assert set(counts) == {"passed"}
@@ -49,7 +50,8 @@ def test_the_suite_passes_on_virtual_devices(run_suite: Run, tmp_path: Path) -> 
     record = Record.load(latest / "record.json")
     freed = [v for v in record.checks if v.id == "drop.frees_kv" and v.witness == "ledger"]
     assert [(v.scope, v.verdict) for v in freed] == [(f"cycle0-device{d}", "pass") for d in range(4)]
-    assert all(v.measured == v.expected == -33_556_480 for v in freed)
+    tokens = int(smaller.get("engine.max_total_tokens", 16_384)) + 1
+    assert all(v.measured == v.expected == -tokens * 4 * 2 * 128 * 2 for v in freed)  # layers, K and V, width, bytes
     (cold,), (after,) = record.generates_when("cold"), record.generates_when("after_rebuild")
     assert cold.compiles.backend > 0
     assert after.compiles.any_work == 0
