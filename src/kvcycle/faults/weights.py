@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -153,16 +152,18 @@ def the_weights_of_two_layers_change_places(target: Target) -> Iterator[None]:
 def the_model_is_not_given_its_weights(target: Target) -> Iterator[None]:
     """Only the runner's list gets the resumed arrays; the model keeps the deleted ones, and generates all the same."""
 
-    def set_weights(_: Callable[..., None], engine: Any, leaves: Sequence[jax.Array]) -> None:
-        internals.runner_of(engine).model_state_leaves = list(leaves)
-
     variables = internals.model_variables(target.engine)
     before = [variable.get_value() for variable in variables]
-    number = {id(leaf): place for place, leaf in enumerate(target.weights)}
-    with wrapped(internals, "set_weights", set_weights), mock.patch.object(internals, "model_variables", lambda _: []):
+    place = {id(leaf): number for number, leaf in enumerate(target.weights)}
+
+    def give(arrays: Sequence[jax.Array]) -> None:
+        for variable, array in zip(variables, arrays, strict=True):
+            variable.set_value(array)
+
+    with _after_resume(target, lambda: give(before)):
         yield
-    for variable, old in zip(variables, before, strict=True):
-        variable.set_value(target.weights[number[id(old)]])
+    now = target.weights
+    give([now[place[id(old)]] for old in before])
 
 
 @fault(_OUTPUT, run="weights", says="log-probabilities differ from the warm generation's by at most 0.015625")
