@@ -370,3 +370,9 @@ def test_an_array_in_host_memory_is_on_no_device(mesh: Mesh) -> None:
     if kind == "unpinned_host":
         host.sharding = NamedSharding(mesh, PartitionSpec("x"), memory_kind="pinned_host")
     assert Ledger().shards(cast(jax.Array, host)) == ()
+
+
+def test_alike_arrays_are_named_together() -> None:
+    held = [jnp.zeros((7, 11, 13)) for _ in range(2)]
+    named = dict(snapshot(largest=10**6).largest_other)
+    assert named["2 x float32[7, 11, 13]"] == sum(array.nbytes for array in held)

@@ -16,6 +16,7 @@ from tests.unit.records import (
     LAYOUT,
     LOGPROBS,
     SLOTS,
+    WEIGHTS,
     edit_canary,
     edit_cycle,
     edit_generates,
@@ -132,6 +133,15 @@ def records() -> Iterator[tuple[str, Record]]:
     yield "no cycles", with_profile(cpu.model_copy(update={"cycles": ()}), "cycle", cycles=2)
     yield "one cycle of two", with_profile(cpu, "cycle", cycles=2)
     yield "empty", cpu.model_copy(update={"cycles": (), "generates": (), "canaries": (), "devices": (), "boot": None})
+    yield "a buffer that survives", edit_info(cpu, "kv_cache_dropped", deleted_buffers=3)
+    yield "a slot without delete", edit_info(cpu, "kv_cache_dropped", missing_delete_method=1)
+    bare = tpu.model_copy(update={"profile": {}})
+    yield "no profile, a byte more by the allocator", shift(bare, BORROWED, 1, "allocator", device=0)
+    nobody = edit_use(cpu, "flush_cache_before_kv_drop", device=0, by_owner={"weights": WEIGHTS})
+    yield "a residue of nobody before", edit_cycle(nobody, 0, residue_before=({0: 5},))
+    roomy = two.devices[0].model_copy(update={"limit_bytes": None})
+    full = two.devices[1].model_copy(update={"limit_bytes": 1000})
+    yield "the second device is full", two.model_copy(update={"devices": (roomy, full)})
     yield from soaks()
     yield from weights()
 
@@ -146,6 +156,8 @@ def soaks() -> Iterator[tuple[str, Record]]:
     yield "a soak whose last batch varies", hold(hold_before(soak, 0, 4, 0, 4, 0), late, lambda cycle: 4 * (cycle % 2))
     wrong = set_points(soak, late, compiles=Compiles(trace=1, lower=2), different_tokens=3, logprobs_off=0.25)
     yield "a soak that compiles and answers otherwise", wrong
+    yield "a soak within its tolerance", with_profile(wrong, "tolerances", logprob=0.3)
+    yield "a soak without a profile", wrong.model_copy(update={"profile": {}})
     yield "a soak that takes host memory", set_points(soak, range(6, 10), rss_bytes=2**31)
     yield "a soak without witnesses", set_points(soak, late, rss_bytes=None, by_owner={}, logprobs_off=None)
     yield "a soak without counts", set_points(soak, late, different_tokens=None)

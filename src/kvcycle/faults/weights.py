@@ -151,7 +151,6 @@ def the_weights_of_two_layers_change_places(target: Target) -> Iterator[None]:
 @fault(_BITS, run="weights", says="only one of the weights' two owners was given the arrays")
 def the_model_is_not_given_its_weights(target: Target) -> Iterator[None]:
     """Only the runner's list gets the resumed arrays; the model keeps the deleted ones, and generates all the same."""
-
     variables = internals.model_variables(target.engine)
     before = [variable.get_value() for variable in variables]
     place = {id(leaf): number for number, leaf in enumerate(target.weights)}
