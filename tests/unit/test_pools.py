@@ -37,7 +37,7 @@ def runner(weights: int = 1, **more: Any) -> SimpleNamespace:
 
 def engine(**of_the_scheduler: Any) -> SimpleNamespace:
     scheduler = SimpleNamespace(
-        _request_dispatcher=None, on_idle=None, is_fully_idle=None, get_next_batch_to_run=None,
+        _request_dispatcher=None, on_idle=None, is_fully_idle=None, get_next_batch_to_run=None, flush_cache=None,
         tp_worker=SimpleNamespace(model_runner=runner()),
         server_args=SimpleNamespace(disaggregation_mode="null"), disagg_kv_manager=None, pd="",
     )  # fmt: skip
