@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python scripts/guard.py $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo replay faults soak test mutants lint format constraints clean FORCE
+.PHONY: help demo replay faults soak test matrix mutants lint format constraints clean FORCE
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -33,7 +33,10 @@ soak: $(STAMP) ## Run CYCLES=1000 cycles on one engine (tiny model, virtual CPU 
 	$(BIN)/python scripts/guard.py $(BIN)/kvcycle soak --cycles $(CYCLES) $(ARGS)
 
 test: lint ## Lint, check types and run every test that needs no TPU
-	$(PYTEST) -m "not tpu" --junitxml=reports/tests$(VENV:.venv%=%)/junit.xml $(ARGS)
+	$(PYTEST) -m "not tpu and not long" --junitxml=reports/tests$(VENV:.venv%=%)/junit.xml $(ARGS)
+
+matrix: $(STAMP) ## Boot an engine for every cell of docs/compatibility.md at engine level: some minutes
+	$(PYTEST) -m "long and not tpu" $(ARGS)
 
 mutants: $(STAMP) ## Test the tests: the share of small faults in checks, ledger and record that they notice
 	$(BIN)/python scripts/mutants.py

@@ -78,6 +78,7 @@ def _is_judged_elsewhere(name: str, off: float | None) -> bool:
     return name.endswith("rss]") or (name.startswith("cycles.no_growth") and off is not None and abs(off) <= 64)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("run", ENGINE_RUNS, ids=lambda run: run.id)
 def test_an_engine_goes_through_the_cycle(run: EngineRun, engines: Mapping[str, Future[dict[str, Any]]]) -> None:
     facts = engines[run.id].result()
