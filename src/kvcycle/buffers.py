@@ -24,7 +24,7 @@ from jax.sharding import Mesh, Sharding
 
 from kvcycle import capacity
 from kvcycle.errors import UnknownBufferError
-from kvcycle.record import Layout
+from kvcycle.record_info import Layout
 
 #: What a pool may hold besides buffers. Everything else is walked, and refused where it hides an array.
 _LEAVES = (

@@ -6,7 +6,7 @@ and the rebuild. What others allocate is not refused, but counts (by the ledger)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from kvcycle import memory
 from kvcycle.errors import ProfileError
 from kvcycle.profile import Profile
 from kvcycle.sizing import estimate_params_bytes, predict_kv
-from kvcycle.text import exact_bytes
+from kvcycle.text import exact_bytes, first_line
 
 #: Of every virtual device of this process; None while nothing is simulated.
 _simulated_bytes: int | None = None
@@ -44,6 +44,25 @@ def free_bytes_by_device(devices: Mapping[int, Any] | None = None) -> dict[int, 
             used = use.allocator_bytes if use.allocator_bytes is not None else use.ledger_bytes
             free[use.id] = limit - used
     return free
+
+
+def shortage(error: BaseException, needed_bytes_by_device: Mapping[int, int], weights: Iterable[jax.Array] = ()) -> str:
+    """Sentences on an allocation that failed: why, what is needed and free on every device, and what holds most.
+
+    Args:
+        error: what the device said.
+        needed_bytes_by_device: what was to be allocated.
+        weights: arrays that are named as the engine's weights; without them those count as any others.
+    """
+    free = free_bytes_by_device(needed_bytes_by_device)
+    per_device = "; ".join(
+        f"device {device}: {exact_bytes(size)}" + (f", free {exact_bytes(free[device])}" if device in free else "")
+        for device, size in sorted(needed_bytes_by_device.items())
+    )
+    snapshot = memory.snapshot({"weights": weights}, largest=3)
+    holders = [*([("the engine's weights", size)] if (size := snapshot.bytes_of("weights")) else [])]
+    named = ", ".join(f"{what} ({exact_bytes(size)})" for what, size in [*holders, *snapshot.largest_other])
+    return f"{first_line(error)}. Needed: {per_device}. What holds most, summed over the devices: {named}."
 
 
 def claim(needed_bytes_by_device: Mapping[int, int]) -> None:

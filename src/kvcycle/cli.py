@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +11,7 @@ from rich.table import Table
 
 from kvcycle import compatibility, reference
 from kvcycle.checks import judge, passed
+from kvcycle.command_line import ProfileOption, ReportDirOption, SetOption, sentences, teller
 from kvcycle.errors import KVCycleError
 from kvcycle.faults.command import faults_command
 from kvcycle.plan.command import plan_command
@@ -29,41 +27,21 @@ app.command("plan")(plan_command)
 app.command("faults")(faults_command)
 app.command("soak")(soak_command)
 
-ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="profile by name or path")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="set a profile key; repeatable")
-]
-
-
-@contextmanager
-def sentences() -> Iterator[None]:
-    """Print what kvcycle refuses as its sentence, with exit code 2; a traceback is for what nobody foresaw."""
-    try:
-        yield
-    except KVCycleError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
-
 
 @app.command()
 def replay(
     profile: ProfileOption = "qwen2.5-3b-v4-8",
     assignments: SetOption = None,
-    report_dir: Annotated[Path, typer.Option(help="where the run gets a folder")] = Path("reports"),
+    report_dir: ReportDirOption = Path("reports"),
 ) -> None:
     """Run the cycle at full size on virtual CPU devices with dummy weights, and compare with the reference."""
     from kvcycle.replay import replay as run
 
     console = terminal.console()
-    started = time.perf_counter()
-
-    def say(line: str) -> None:
-        console.print(f"kvcycle {time.perf_counter() - started:7.1f} s  {line}", markup=False, soft_wrap=True)
-
     with sentences():
         loaded = load_profile(profile, parse_overrides(assignments or []))
         run_dir = new_run_dir(report_dir)
-        record = run(loaded, run_dir / "record.json", say)
+        record = run(loaded, run_dir / "record.json", teller(console))
     terminal.show(record, record.checks, console)
     noted = reference.run_for(loaded.model_config_json() or {}, loaded.engine.max_total_tokens, loaded.engine.tp_size)
     equal = True

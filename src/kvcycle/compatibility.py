@@ -272,7 +272,8 @@ def markdown() -> str:
 
 def _table(title: str, text: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [header, tuple("---" for _ in header), *rows]
-    return f"## {title}\n\n{text}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join(part for part in (f"## {title}", text, table) if part)
 
 
 def _named(runs: Iterable[EngineRun]) -> str:
@@ -353,6 +354,4 @@ def _runs() -> str:
 
 
 def _others() -> str:
-    return _table("What else holds or copies buffers", "", ("what", "what becomes of it"), OTHERS).replace(
-        "\n\n\n", "\n"
-    )
+    return _table("What else holds or copies buffers", "", ("what", "what becomes of it"), OTHERS)

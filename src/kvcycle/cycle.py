@@ -21,9 +21,10 @@ from kvcycle.canary import release_canaries
 from kvcycle.deadline import step_deadline
 from kvcycle.engine import boot_evidence, stack
 from kvcycle.errors import ParamSetError
+from kvcycle.generate import generate_once
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet, Sharing, perturbed, sharing, swap
-from kvcycle.platform import return_freed_memory
+from kvcycle.platform import few_objects_to_collect, return_freed_memory
 from kvcycle.pools import claimed_bytes, pool_facts, slots_of, weight_arrays
 from kvcycle.predict import predict_by_arithmetic
 from kvcycle.profile import Profile
@@ -32,23 +33,18 @@ from kvcycle.record import (
     Canary,
     Cycle,
     Device,
-    DropInfo,
     Evidence,
     Generate,
     Owner,
     Params,
-    Params2Info,
     Phase,
-    PhaseInfo,
     PhaseName,
-    RebuildInfo,
     Record,
     SwapInfo,
-    WeightsReleasedInfo,
-    WeightsResumedInfo,
     When,
     now,
 )
+from kvcycle.record_info import DropInfo, Params2Info, PhaseInfo, RebuildInfo, WeightsReleasedInfo, WeightsResumedInfo
 from kvcycle.sizing import KVPrediction
 from kvcycle.text import exact_bytes, seconds
 from kvcycle.weights import Weights, digests, leaf_names
@@ -80,54 +76,6 @@ def run_cycle(
             measured before it is in ``save_to``.
     """
     return _Run(engine, profile, predicted, save_to, progress or (lambda _line: None)).run()
-
-
-def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Generate:
-    """One greedy generation of the profile's prompt, with the compiler watched meanwhile.
-
-    Raises:
-        StepTimeoutError: it did not end within ``timeouts.step_s``.
-    """
-    with step_deadline(engine, profile, f"cycle {cycle}: generate {when}"), compiles.counting() as span:
-        started = time.perf_counter()
-        answer = engine.generate(
-            prompt=profile.cycle.prompt,
-            sampling_params={
-                "temperature": 0,
-                "max_new_tokens": profile.cycle.max_new_tokens,
-                "ignore_eos": True,
-            },
-            return_logprob=True,
-        )
-        elapsed = time.perf_counter() - started
-    meta = answer["meta_info"]
-    # Over-long above 50 new tokens (0.1.0rc0), so cut to what was completed.
-    output = meta["output_token_logprobs"][: meta["completion_tokens"]]
-    return Generate(
-        when=when,
-        cycle=cycle,
-        seconds=elapsed,
-        token_ids=tuple(int(entry[1]) for entry in output),
-        logprobs=tuple(float(entry[0]) for entry in output),
-        cached_tokens=int(meta.get("cached_tokens", 0)),
-        compiles=span.compiles,
-    )
-
-
-@contextmanager
-def few_objects_to_collect() -> Iterator[None]:
-    """Keep what lives already out of the garbage collections that every sample needs: they then take 1 ms, not 0.3 s.
-
-    What is left behind meanwhile is younger, and collected as before.
-    """
-    frozen_before = gc.get_freeze_count()
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if not frozen_before:  # else not ours to thaw
-            gc.unfreeze()
 
 
 class _Run:

@@ -40,6 +40,9 @@ At = Literal["idle", "between", "now"]
 #: How often a waiting caller looks whether the engine has died meanwhile.
 _POLL_S = 0.25
 
+#: How long finished requests may take to drain, where nobody says otherwise.
+DRAIN_S = 60.0
+
 #: How long an interrupted caller waits for the end of what has begun; what takes longer may never end.
 _INTERRUPTED_S = 10.0
 
@@ -75,12 +78,21 @@ class Channel:
         self._pending: dict[int, _Pending] = {}
         self._deferred: list[_Pending] = []
         self._send_lock = threading.Lock()
+        self._parts: dict[type[Any], Any] = {}
+        self._parts_lock = threading.RLock()  # a part may be made of others
         self._install()
 
     @property
     def held(self) -> bool:
         """While True no batch is forwarded; requests that reach the scheduler wait in its queue."""
         return bool(self.lacking)
+
+    def part[T](self, kind: type[T], make: Callable[[], T]) -> T:
+        """The engine's one object of this kind: made at the first call, the same at every later one."""
+        with self._parts_lock:
+            if kind not in self._parts:
+                self._parts[kind] = make()
+            return cast(T, self._parts[kind])
 
     def call[T](
         self, function: Callable[[], T], *, at: At = "now", timeout_s: float = 60.0, wait_for_requests: bool = False

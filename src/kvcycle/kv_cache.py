@@ -10,7 +10,6 @@ States: ``resident`` → :meth:`KVCache.drop` → ``dropped`` → :meth:`KVCache
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,11 +17,10 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from kvcycle import capacity, inband, internals, memory
+from kvcycle import capacity, inband, internals
 from kvcycle.buffers import BufferSpec, Slot, ZeroAllocator, ZeroTester, bytes_by_device
 from kvcycle.errors import EngineBusyError, KVCacheDroppedError, KVCacheStateError, RebuildError, UnknownBufferError
 from kvcycle.pools import slots_of, weight_arrays
-from kvcycle.text import exact_bytes
 
 State = Literal["resident", "dropped"]
 #: What becomes of queued and running requests at a drop: see :meth:`KVCache.drop`.
@@ -59,7 +57,10 @@ class KVCache:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._channel = inband.channel_of(engine)
-        self._buffers = _buffers_of(self._channel)
+        # Walked on the scheduler's thread when idle: a forward would hold the arrays.
+        self._buffers = self._channel.part(
+            _Buffers, lambda: self._channel.call(lambda: _Buffers(self._channel), at="idle", timeout_s=_REBUILD_S)
+        )
 
     @property
     def state(self) -> State:
@@ -137,20 +138,20 @@ class KVCache:
                 return self._channel.call(
                     noting(self._buffers.drop),
                     at="idle",
-                    timeout_s=wait_s if wait_s is not None else _DRAIN_S,
+                    timeout_s=wait_s if wait_s is not None else inband.DRAIN_S,
                     wait_for_requests=wait_s is not None,
                 )
             except EngineBusyError:
                 if mode == "refuse":
                     raise
         if mode == "retract":
-            return self._channel.call(noting(self._buffers.retract_and_drop), at="between", timeout_s=_DRAIN_S)
+            return self._channel.call(noting(self._buffers.retract_and_drop), at="between", timeout_s=inband.DRAIN_S)
         with self._buffers.closing():
             aborted = tuple(self._channel.call(lambda: internals.abort_requests(self._channel.scheduler)))
             return self._channel.call(
                 noting(lambda: replace(self._buffers.drop(), aborted=aborted)),
                 at="idle",
-                timeout_s=_DRAIN_S,
+                timeout_s=inband.DRAIN_S,
                 wait_for_requests=True,
             )
 
@@ -192,15 +193,14 @@ class KVCache:
         says so in its return value.
         """
         self._buffers.expect("resident", "dropped", "it has no prefix cache to empty; rebuild() first")
-        self._channel.call(lambda: internals.flush(self._channel.scheduler), at="idle", timeout_s=_DRAIN_S)
+        self._channel.call(lambda: internals.flush(self._channel.scheduler), at="idle", timeout_s=inband.DRAIN_S)
 
     def nonzero_slots(self) -> list[str]:
         """Paths of the slots that hold anything but zeros, or nothing at all: [] right after a rebuild."""
         return self._channel.call(self._buffers.nonzero_slots, at="now")
 
 
-#: How long finished requests may take to drain, and the longest that a rebuild may take.
-_DRAIN_S = 60.0
+#: The longest that a rebuild may take.
 _REBUILD_S = 600.0
 #: What a channel lacks while the cache is dropped.
 _KV_CACHE = "kv_cache"
@@ -241,13 +241,14 @@ class _Buffers:
         # Asked again here: of two callers that both found it resident, one comes second.
         self.expect("resident", "dropped already", "another caller dropped it first; one rebuild() serves both")
         internals.flush(self.channel.scheduler, keep_waiting=keep_waiting)
-        arrays = [slot.get() for slot in self.slots]
-        gone = [slot.path for slot, array in zip(self.slots, arrays, strict=True) if array.is_deleted()]
+        found = {slot.path: slot.find() for slot in self.slots}
+        gone = [path for path, array in found.items() if array is None or array.is_deleted()]
         if gone:
             raise KVCacheStateError(
-                f"The KV cache cannot be dropped: {len(gone)} of its {len(arrays)} buffers are deleted already, first "
+                f"The KV cache cannot be dropped: {len(gone)} of its {len(found)} buffers are deleted already, first "
                 f"{gone[0]}. Something else than its KVCache deleted them; boot the engine anew."
             )
+        arrays: list[Any] = list(found.values())
         # A buffer in use by a pending computation would be freed later; a donated one has no bytes to sum.
         jax.block_until_ready(arrays)
         freed_by_device = bytes_by_device(arrays)
@@ -296,21 +297,13 @@ class _Buffers:
         return [slot.path for slot, nonzero in zip(self.slots, flags, strict=True) if nonzero]
 
     def _no_room(self, error: Exception) -> RebuildError:
-        needed, free = self.bytes_by_device, capacity.free_bytes_by_device(self.bytes_by_device)
-        per_device = "; ".join(
-            f"device {device}: {exact_bytes(size)}" + (f", free {exact_bytes(free[device])}" if device in free else "")
-            for device, size in needed.items()
-        )
-        snapshot = memory.snapshot({"weights": weight_arrays(self.channel.engine)}, largest=3)
-        holders = [f"the engine's weights ({exact_bytes(snapshot.bytes_of('weights'))})"]
-        holders += [f"{what} ({exact_bytes(size)})" for what, size in snapshot.largest_other]
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        needed = self.bytes_by_device
         return RebuildError(
-            f"The KV cache could not be rebuilt: {reason}. It needs {per_device}. What holds most, summed over the "
-            f"devices: {', '.join(holders)}. It stays dropped: delete what is no longer needed, then call rebuild() "
-            "again.",
+            f"The KV cache could not be rebuilt: "
+            f"{capacity.shortage(error, needed, weight_arrays(self.channel.engine))} It stays dropped: delete what is "
+            "no longer needed, then call rebuild() again.",
             dict(needed),
-            free,
+            capacity.free_bytes_by_device(needed),
         )
 
     def _refusal(self) -> KVCacheDroppedError | None:
@@ -326,17 +319,3 @@ class _Buffers:
             "The engine cannot serve a request: its KV cache is dropped. Call rebuild() on its KVCache, or leave the "
             "`with kv.released():` block, first."
         )
-
-
-_BUFFERS = "_kvcycle_buffers"
-_attach_lock = threading.Lock()
-
-
-def _buffers_of(channel: inband.Channel) -> _Buffers:
-    with _attach_lock:
-        found = getattr(channel, _BUFFERS, None)
-        if not isinstance(found, _Buffers):
-            # Walked on the scheduler's thread when idle: a forward would hold the arrays.
-            found = channel.call(lambda: _Buffers(channel), at="idle", timeout_s=_REBUILD_S)
-            setattr(channel, _BUFFERS, found)
-        return found

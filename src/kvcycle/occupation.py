@@ -14,8 +14,8 @@ with sglang's signature and tags, so that a framework which calls them needs no 
 from __future__ import annotations
 
 import asyncio
-import difflib
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -27,6 +27,7 @@ from kvcycle.errors import EngineBusyError, MemoryOccupationError
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet
 from kvcycle.record import Owner
+from kvcycle.text import nearest
 from kvcycle.weights import Weights
 
 #: sglang's tags. There are no CUDA graphs here: the tag is taken, so that frameworks may name it, and holds no bytes.
@@ -101,16 +102,16 @@ class MemoryOccupation:
         """
         with self._lock:
             wanted = self._wanted(tags, "release", lambda tag: tag not in self.released)
-            freed: dict[int, int] = {}
+            freed = Counter[int]()
             host_bytes = 0
             dropped = False
             try:
                 if "kv_cache" in wanted:
-                    _add(freed, self._kv.drop().bytes_by_device)
+                    freed.update(self._kv.drop().bytes_by_device)
                     dropped = True
                 if "weights" in wanted:
                     weights = self._weights.release(keep=self.mode == "keep")
-                    _add(freed, weights.bytes_by_device)
+                    freed.update(weights.bytes_by_device)
                     host_bytes = weights.host_bytes
             except BaseException as error:
                 if dropped:
@@ -124,7 +125,7 @@ class MemoryOccupation:
                     ) from error
                 raise
             self._graphs_released |= "cuda_graph" in wanted
-            return self._occupation(wanted, freed, host_bytes)
+            return self._occupation(wanted, dict(freed), host_bytes)
 
     def resume(self, tags: Sequence[str] | None = None, update: ParamSet | Sequence[jax.Array] | None = None) -> None:
         """Take back what the tags name, the weights first; compiles nothing.
@@ -157,11 +158,9 @@ class MemoryOccupation:
             raise MemoryOccupationError(f"{call}(tags={tags!r}): tags are a list; write tags=[{tags!r}].")
         for tag in tags or ():
             if tag not in TAGS:
-                close = difflib.get_close_matches(str(tag), TAGS, n=1)
                 raise MemoryOccupationError(
-                    f"{call}(tags={list(tags or ())}): {tag!r} is no tag"
-                    + (f" (did you mean {close[0]!r}?)" if close else "")
-                    + f"; there are {', '.join(TAGS)}, and None for all."
+                    f"{call}(tags={list(tags or ())}): {tag!r} is no tag{nearest(str(tag), TAGS)}; there are "
+                    f"{', '.join(TAGS)}, and None for all."
                 )
         state = "resident" if verb == "resume" else "released"
         for tag in cast("Sequence[Tag]", tags or ()):
@@ -193,10 +192,6 @@ class MemoryOccupation:
         )
 
 
-_OCCUPATION = "_kvcycle_occupation"
-_enable_lock = threading.Lock()
-
-
 def enable_memory_occupation(engine: Any, weights: WeightsMode = "keep") -> MemoryOccupation:
     """Make an engine's ``release_memory_occupation`` and ``resume_memory_occupation`` work.
 
@@ -216,13 +211,13 @@ def enable_memory_occupation(engine: Any, weights: WeightsMode = "keep") -> Memo
     """
     if weights not in get_args(WeightsMode):
         raise ValueError(f"weights={weights!r} is none; use one of {', '.join(get_args(WeightsMode))}.")
-    channel = inband.channel_of(engine)
-    with _enable_lock:
-        found = getattr(channel, _OCCUPATION, None)
-        if not isinstance(found, MemoryOccupation):
-            found = MemoryOccupation(engine)
-            _install(engine, found)
-            setattr(channel, _OCCUPATION, found)
+
+    def enable() -> MemoryOccupation:
+        occupation = MemoryOccupation(engine)
+        _install(engine, occupation)
+        return occupation
+
+    found = inband.channel_of(engine).part(MemoryOccupation, enable)
     found.mode = weights
     return found
 
@@ -253,8 +248,3 @@ def _install(engine: Any, occupation: MemoryOccupation) -> None:
     engine.async_release_memory_occupation, engine.async_resume_memory_occupation = async_release, async_resume
     manager = engine.tokenizer_manager
     manager.release_memory_occupation, manager.resume_memory_occupation = manager_release, manager_resume
-
-
-def _add(totals: dict[int, int], more: dict[int, int]) -> None:
-    for device, size in more.items():
-        totals[device] = totals.get(device, 0) + size

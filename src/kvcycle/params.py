@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from kvcycle import capacity, inband, internals
 from kvcycle.buffers import bytes_by_device
 from kvcycle.errors import ParamSetError
-from kvcycle.text import exact_bytes
+from kvcycle.text import exact_bytes, first_line
 
 Transform = Callable[[jax.Array], jax.Array]
 
@@ -116,9 +116,8 @@ def _told_as_no_room(source: ParamSet) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ParamSetError(
-            f"A second parameter set of {exact_bytes(source.bytes)} could not be allocated: {reason}"
+            f"A second parameter set of {exact_bytes(source.bytes)} could not be allocated: {first_line(error)}."
         ) from error
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from kvcycle.errors import PlatformError
 from kvcycle.profile import Platform
@@ -76,6 +78,22 @@ def return_freed_memory() -> None:
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def few_objects_to_collect() -> Iterator[None]:
+    """Keep what lives already out of the garbage collections that every sample needs: they then take 1 ms, not 0.3 s.
+
+    What is left behind meanwhile is younger, and collected as before.
+    """
+    frozen_before = gc.get_freeze_count()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen_before:  # else not ours to thaw
+            gc.unfreeze()
 
 
 def tpu_is_present() -> bool:

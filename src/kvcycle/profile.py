@@ -105,7 +105,6 @@ class Timeouts(_Table):
     boot_s: float = Field(default=900.0, gt=0)
     #: For every step of a cycle and every generation, the first one's compilation included.
     step_s: float = Field(default=900.0, gt=0)
-    drain_s: float = Field(default=60.0, gt=0)
 
 
 class Profile(_Table):

@@ -14,10 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kvcycle import record_file
 from kvcycle.profile import MAX_CYCLES
+from kvcycle.record_info import Part, PhaseInfo
 from kvcycle.record_limits import (
     MAX_CYCLES_TIMES_DEVICES,
     MAX_DEVICES,
@@ -65,11 +66,7 @@ PHASES: tuple[PhaseName, ...] = get_args(PhaseName)[:8]
 WEIGHTS_PHASES: tuple[PhaseName, ...] = get_args(PhaseName)[8:]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Stack(_Part):
+class Stack(Part):
     """Versions of what was run; ``libtpu`` is None where it is not installed."""
 
     kvcycle: str
@@ -80,7 +77,7 @@ class Stack(_Part):
     libtpu: str | None = None
 
 
-class Device(_Part):
+class Device(Part):
     """One accelerator (or virtual) device; ``limit_bytes`` is its capacity, None where nothing states one."""
 
     id: Count
@@ -88,7 +85,7 @@ class Device(_Part):
     limit_bytes: Bytes | None = None
 
 
-class Compiles(_Part):
+class Compiles(Part):
     """Work the compiler did in a span, process-wide: traces, lowerings, backend compilations, persistent-cache hits."""
 
     trace: Count = 0
@@ -102,7 +99,7 @@ class Compiles(_Part):
         return self.lower + self.backend
 
 
-class DeviceUse(_Part):
+class DeviceUse(Part):
     """Bytes in use on one device at one moment, by every witness that speaks for a device.
 
     ``ledger_bytes`` sums the shards of the live arrays, each buffer once; ``allocator_bytes`` is the device's own
@@ -119,73 +116,7 @@ Devices = Annotated[tuple[Device, ...], Field(max_length=MAX_DEVICES), AfterVali
 Uses = Annotated[tuple[DeviceUse, ...], Field(max_length=MAX_DEVICES), AfterValidator(each_once)]
 
 
-class Layout(_Part):
-    """What a device buffer is, short of its contents."""
-
-    shape: tuple[Count, ...]
-    dtype: str
-    sharding: str
-    memory_kind: str
-    committed: bool
-    weak_type: bool
-
-
-class DropInfo(_Part):
-    """What the drop did: how many buffers there were, were deleted, and could not be."""
-
-    kind: Literal["drop"] = "drop"
-    buffers: Count
-    deleted_buffers: Count
-    missing_delete_method: Count
-    bytes_by_device: dict[int, Bytes]
-
-
-class Params2Info(_Part):
-    """The second parameter set: what was asked for, what of it aliases the first, and the error if it did not fit."""
-
-    kind: Literal["params2"] = "params2"
-    arrays: Count
-    requested_bytes_by_device: dict[int, Bytes]
-    buffers: Count
-    buffers_shared_with_engine: Count
-    error: str | None = None
-
-
-class RebuildInfo(_Part):
-    """The rebuild: every slot's layout before and after, and what is no longer where it was."""
-
-    kind: Literal["rebuild"] = "rebuild"
-    layouts_before: dict[str, Layout]
-    layouts_after: dict[str, Layout]
-    moved_owners: tuple[str, ...] = ()
-    nonzero_slots: tuple[str, ...] = ()
-
-
-class WeightsReleasedInfo(_Part):
-    """The release of the weights: what was deleted, what host memory keeps, and a digest of every array before it."""
-
-    kind: Literal["weights_released"] = "weights_released"
-    arrays: Count
-    deleted_arrays: Count
-    host_bytes: Bytes
-    digests: dict[str, str]
-
-
-class WeightsResumedInfo(_Part):
-    """The resume: a digest of every array after it, and how many of the model's own parameters are those arrays."""
-
-    kind: Literal["weights_resumed"] = "weights_resumed"
-    digests: dict[str, str]
-    model_params: Count
-    model_shared: Count
-
-
-PhaseInfo = Annotated[
-    DropInfo | Params2Info | RebuildInfo | WeightsReleasedInfo | WeightsResumedInfo, Field(discriminator="kind")
-]
-
-
-class Phase(_Part):
+class Phase(Part):
     """One phase of the cycle: when it ended, how long it took, and what was in use then."""
 
     name: PhaseName
@@ -209,7 +140,7 @@ class Phase(_Part):
         return next((use for use in self.devices if use.id == device_id), None)
 
 
-class SwapInfo(_Part):
+class SwapInfo(Part):
     """The second set given to the engine and taken back: of ``leaves``, how many the engine then really used.
 
     ``runner_shared`` counts the runner's state leaves that *are* the given arrays, ``model_shared`` the model's own
@@ -223,7 +154,7 @@ class SwapInfo(_Part):
     restored: Count
 
 
-class Cycle(_Part):
+class Cycle(Part):
     """One pass through the phases, in their order; a cycle that ended early, or left one out, lacks some."""
 
     phases: tuple[Phase, ...] = Field(max_length=len(PHASES + WEIGHTS_PHASES))
@@ -245,7 +176,7 @@ class Cycle(_Part):
         return next((phase for phase in self.phases if phase.name == name), None)
 
 
-class Generate(_Part):
+class Generate(Part):
     """One greedy generation: its tokens, what the prefix cache supplied, and what the compiler did meanwhile."""
 
     when: When
@@ -261,7 +192,7 @@ class Generate(_Part):
 MAX_SOAK_CYCLES = 10_000
 
 
-class SoakPoint(_Part):
+class SoakPoint(Part):
     """One idle point of a soak: what was in use then, and what the cycle before it cost and answered.
 
     ``by_owner`` is the ledger by owner and device, ``allocator_bytes`` the devices' own count, {} where they keep none.
@@ -283,7 +214,7 @@ class SoakPoint(_Part):
         return sum(held) if held else None
 
 
-class Soak(_Part):
+class Soak(Part):
     """Many cycles on one engine, with one sample at the idle point after each; see :mod:`kvcycle.soak`.
 
     ``before`` are idle points before the first of these cycles, each after a generation, so that what the engine keeps
@@ -296,7 +227,7 @@ class Soak(_Part):
     points: tuple[SoakPoint, ...] = Field(default=(), max_length=MAX_SOAK_CYCLES)
 
 
-class Pool(_Part):
+class Pool(Part):
     """One pool object of the engine and what it holds."""
 
     type: str
@@ -304,7 +235,7 @@ class Pool(_Part):
     bytes: Bytes
 
 
-class KV(_Part):
+class KV(Part):
     """The KV (and state) buffers: what the shards add up to, what was predicted and by whom, what the engine claims."""
 
     buffers: Count
@@ -318,7 +249,7 @@ class KV(_Part):
     pools: tuple[Pool, ...] = ()
 
 
-class Params(_Part):
+class Params(Part):
     """The engine's weights: how many arrays, and their bytes summed over devices and by device."""
 
     arrays: Count
@@ -326,7 +257,7 @@ class Params(_Part):
     bytes_by_device: dict[int, Bytes] = Field(default_factory=dict)
 
 
-class Boot(_Part):
+class Boot(Part):
     """What the boot cost and what each witness saw of it; absent when the user booted the engine."""
 
     seconds: Seconds
@@ -335,7 +266,7 @@ class Boot(_Part):
     compiles: Compiles = Compiles()
 
 
-class Canary(_Part):
+class Canary(Part):
     """A known allocation, made and freed: what each witness saw of it (the control of every memory check).
 
     ``rise_bytes`` and ``fall_bytes`` are None where the witness does not speak; ``device`` is None for the process.
@@ -348,7 +279,7 @@ class Canary(_Part):
     fall_bytes: Integer
 
 
-class Verdict(_Part):
+class Verdict(Part):
     """One check's word on one scope: what was expected, what was measured, by which witness, and what it means."""
 
     id: str
@@ -367,7 +298,7 @@ class Verdict(_Part):
         return f"{self.scope}-{self.witness}" if self.witness else self.scope
 
 
-class Record(_Part):
+class Record(Part):
     """One run: what was run, on what, what was measured, and the verdicts on it."""
 
     schema_: Literal[1] = Field(default=1, alias="schema")

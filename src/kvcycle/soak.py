@@ -21,10 +21,11 @@ import jax
 from kvcycle import compiles, memory
 from kvcycle.checks import judge, passed
 from kvcycle.checks.soak import WINDOW, violation
-from kvcycle.cycle import Progress, few_objects_to_collect, generate_once, run_cycle
+from kvcycle.cycle import Progress, run_cycle
+from kvcycle.generate import generate_once
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSetMaker, perturbed
-from kvcycle.platform import return_freed_memory
+from kvcycle.platform import few_objects_to_collect, return_freed_memory
 from kvcycle.pools import weight_arrays
 from kvcycle.profile import Profile
 from kvcycle.record import Generate, Owner, Record, Soak, SoakPoint

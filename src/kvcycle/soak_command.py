@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvcycle.checks import judge, passed
 from kvcycle.checks.soak import MIN_CYCLES, violation
-from kvcycle.errors import KVCycleError
+from kvcycle.command_line import ProfileOption, ReportDirOption, SetOption, sentences, teller
 from kvcycle.profile import Platform, Profile
 from kvcycle.profile_file import load_profile, parse_overrides
 from kvcycle.record import MAX_SOAK_CYCLES, Record
@@ -22,7 +22,7 @@ from kvcycle.report import soak_page, terminal
 from kvcycle.report.folder import new_run_dir
 from kvcycle.report.soak import growth_sum, progress_line
 
-_VIOLATED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
+_VIOLATED, _INTERRUPTED = 1, 130
 
 #: How often a log gets a line; a terminal's progress bar moves with every cycle.
 _LINE_EVERY_S = 30.0
@@ -37,22 +37,17 @@ def soak_command(
     cycles: Annotated[
         int, typer.Option("--cycles", "-n", min=MIN_CYCLES, max=MAX_SOAK_CYCLES, help="how many cycles")
     ] = 1000,
-    profile: Annotated[str, typer.Option("--profile", "-p", help="profile by name or path")] = "tiny",
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="set a profile key; repeatable")
-    ] = None,
+    profile: ProfileOption = "tiny",
+    assignments: SetOption = None,
     platform: Annotated[_PlatformName, typer.Option(help="a TPU, or virtual CPU devices")] = _PlatformName.CPU,
-    report_dir: Annotated[Path, typer.Option(help="where the run gets a folder")] = Path("reports"),
+    report_dir: ReportDirOption = Path("reports"),
 ) -> None:
     """Run many cycles on one engine; stop at the first byte that stays, compilation, or other output."""
     console = terminal.console()
-    try:
+    with sentences():
         loaded = load_profile(profile, parse_overrides(assignments or []))
         run_dir = new_run_dir(report_dir)
         record = _boot_and_soak(loaded, platform.value, cycles, run_dir / "record.json", console)
-    except KVCycleError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(_BAD_INPUT) from error
     soak_page.write(record, record.checks, run_dir / "soak.html")
     terminal.show(record, record.checks, console)
     console.print(f"Reports: {run_dir} (soak.html has the curves)")
@@ -92,8 +87,10 @@ class SoakProgress:
     """Tells where a soak is: a bar on a terminal; in a log a plain line every half minute, without escape codes."""
 
     def __init__(self, console: Console, cycles: int) -> None:
-        self._console, self._cycles = console, cycles
-        self._started = self._told = time.monotonic()
+        self._console = console
+        self._told = time.monotonic()
+        #: Prints one line with the time since the beginning.
+        self.say = teller(console)
         self._bar = Progress(
             TextColumn("soak"),
             BarColumn(bar_width=24),
@@ -114,11 +111,6 @@ class SoakProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-
-    def say(self, line: str) -> None:
-        """Print one line with the time since the beginning."""
-        elapsed = time.monotonic() - self._started
-        self._console.print(f"kvcycle {elapsed:7.1f} s  {line}", markup=False, soft_wrap=True)
 
     def cycle_ended(self, record: Record) -> None:
         """Move the bar; or write a line, after the first cycle, every half minute, and at the end."""

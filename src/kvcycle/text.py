@@ -30,6 +30,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without its full stop; its class where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'page_size'?)`` if a known word is close, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -10,8 +10,8 @@ States: ``resident`` → :meth:`Weights.release` → ``released`` → :meth:`Wei
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from kvcycle import capacity, host_memory, inband, internals, memory
+from kvcycle import capacity, host_memory, inband, internals
 from kvcycle.buffers import BufferSpec, bytes_by_device
 from kvcycle.errors import (
     ParamSetError,
@@ -33,8 +33,7 @@ from kvcycle.text import exact_bytes
 
 State = Literal["resident", "released"]
 
-#: How long finished requests may take to drain, and the longest that copies from and to the host may take.
-_DRAIN_S = 60.0
+#: The longest that copies from and to the host may take.
 _RESUME_S = 600.0
 #: What a channel lacks while they are released.
 _WEIGHTS = "weights"
@@ -60,7 +59,7 @@ class Weights:
 
     def __init__(self, engine: Any) -> None:
         self._channel = inband.channel_of(engine)
-        self._holder = _holder_of(self._channel)
+        self._holder = self._channel.part(_Holder, lambda: _Holder(self._channel))
 
     @property
     def state(self) -> State:
@@ -81,7 +80,7 @@ class Weights:
             EngineBusyError: requests are queued or running (with the counts); nothing was deleted.
             WeightsStateError: released already, or the host has no room for the copy; nothing was deleted.
         """
-        return self._channel.call(lambda: self._holder.release(keep), at="idle", timeout_s=_DRAIN_S)
+        return self._channel.call(lambda: self._holder.release(keep), at="idle", timeout_s=inband.DRAIN_S)
 
     def resume(self, update: ParamSet | Sequence[jax.Array] | None = None) -> None:
         """Give the engine its weights again, in both of their owners; compiles nothing.
@@ -173,10 +172,9 @@ class _Holder:
         self.channel.lacking.discard(_WEIGHTS)
 
     def _allocate(self, kept: list[HostCopy]) -> list[jax.Array]:
-        needed: dict[int, int] = {}
+        needed = Counter[int]()
         for copy in kept:
-            for device, size in copy.bytes_by_device.items():
-                needed[device] = needed.get(device, 0) + size
+            needed.update(copy.bytes_by_device)
         restored: list[jax.Array] = []
         try:
             capacity.claim(needed)
@@ -188,17 +186,10 @@ class _Holder:
             raise self._no_room(error, needed) from error
         return restored
 
-    def _no_room(self, error: Exception, needed: dict[int, int]) -> ParamSetError:
-        free = capacity.free_bytes_by_device(needed)
-        per_device = "; ".join(
-            f"device {device}: {exact_bytes(size)}" + (f", free {exact_bytes(free[device])}" if device in free else "")
-            for device, size in sorted(needed.items())
-        )
-        holders = [f"{what} ({exact_bytes(size)})" for what, size in memory.snapshot(largest=3).largest_other]
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    def _no_room(self, error: Exception, needed: Mapping[int, int]) -> ParamSetError:
         return ParamSetError(
-            f"The weights could not be resumed: {reason}. They need {per_device}. What holds most, summed over the "
-            f"devices: {', '.join(holders)}. They stay released: delete what is no longer needed, then resume again."
+            f"The weights could not be resumed: {capacity.shortage(error, needed)} They stay released: delete what is "
+            "no longer needed, then resume again."
         )
 
     def _arrays(self) -> list[jax.Array]:
@@ -295,16 +286,3 @@ def _digest(array: jax.Array) -> str:
         whole.update(f"device {shard.device.id}, {shard.index}".encode())
         whole.update(np.ascontiguousarray(shard.data).reshape(-1).view(np.uint8).data)
     return whole.hexdigest()
-
-
-_HOLDER = "_kvcycle_weights"
-_attach_lock = threading.Lock()
-
-
-def _holder_of(channel: inband.Channel) -> _Holder:
-    with _attach_lock:
-        found = getattr(channel, _HOLDER, None)
-        if not isinstance(found, _Holder):
-            found = _Holder(channel)
-            setattr(channel, _HOLDER, found)
-        return found

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import kvcycle
-from kvcycle.cycle import generate_once
 from kvcycle.engine import stack
+from kvcycle.generate import generate_once
 from kvcycle.profile import Profile
 from kvcycle.record import Generate
 

@@ -14,7 +14,8 @@ from typing import Any
 import kvcycle
 from kvcycle import checkpoint, internals, pools
 from kvcycle.compatibility import ENGINE_RUNS, EngineRun
-from kvcycle.record import DropInfo, Verdict
+from kvcycle.record import Verdict
+from kvcycle.record_info import DropInfo
 
 
 def geometry(name: str) -> Path:

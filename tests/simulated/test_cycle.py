@@ -11,7 +11,8 @@ import kvcycle
 from kvcycle.errors import ParamSetError, RebuildError
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet
-from kvcycle.record import PHASES, WEIGHTS_PHASES, Params2Info, Record
+from kvcycle.record import PHASES, WEIGHTS_PHASES, Record
+from kvcycle.record_info import Params2Info
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_both_are_told_if_the_block_and_the_rebuild_fail(kv: kvcycle.KVCache, mo
     assert isinstance(failure.value.__cause__, ValueError)
     told = "".join(traceback.format_exception(failure.value))
     assert "ValueError: the training step failed" in told
-    assert "The KV cache could not be rebuilt: RESOURCE_EXHAUSTED. It needs device 0:" in told
+    assert "The KV cache could not be rebuilt: RESOURCE_EXHAUSTED. Needed: device 0:" in told
     assert kv.state == "dropped"
 
 

@@ -298,7 +298,7 @@ def test_a_resume_without_room_says_what_is_missing_and_can_be_repeated(
     finally:
         capacity.simulate(None)
     assert str(caught.value).startswith("The weights could not be resumed: RESOURCE_EXHAUSTED")
-    assert "They need device 0: 5.27 MiB (5,526,528 B), free 5.27 MiB (5,526," in str(caught.value)
+    assert "Needed: device 0: 5.27 MiB (5,526,528 B), free 5.27 MiB (5,526," in str(caught.value)
     assert str(caught.value).endswith("They stay released: delete what is no longer needed, then resume again.")
     assert occupation.released == ("weights",)
     live_engine.resume_memory_occupation()

@@ -72,7 +72,7 @@ kill = tokenizer_manager.kill_process_tree
 profile = kvcycle.load_profile("tiny", {{"engine.tp_size": 1, "engine.max_total_tokens": 1024}})
 with kvcycle.boot(profile, "cpu") as engine:
     channel = inband.channel_of(engine)
-    channel.held = True  # the request waits, and is not compiled for
+    channel.lacking.add("a test")  # the request waits, and is not compiled for
     channel.call(lambda: channel.scheduler.{socket}.send_pyobj("no message of the engine's"))
     try:
         engine.generate(prompt="Hello", sampling_params=dict(temperature=0, max_new_tokens=2))

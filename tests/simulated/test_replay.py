@@ -28,7 +28,7 @@ def test_a_replay_with_dummy_weights_passes_without_generation(
         "--set", "engine.max_total_tokens=8192", "--report-dir", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "the profile leaves generation out. This is not a pass." in " ".join(done.stdout.split())
+    assert "(cycle.generate = false). This is not a pass." in " ".join(done.stdout.split())
     assert "reference" not in done.stdout.split("Witnesses:")[1]  # there is none of this geometry
     record = Record.load(tmp_path / "latest" / "record.json")
     assert record.evidence == "simulated-on-cpu"

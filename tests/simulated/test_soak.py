@@ -17,8 +17,8 @@ import pytest
 import kvcycle
 from kvcycle.checks import SOAK_CHECKS
 from kvcycle.checks.soak import MIN_CYCLES, WINDOW, violation
-from kvcycle.cycle import generate_once
 from kvcycle.errors import RebuildError
+from kvcycle.generate import generate_once
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSetMaker, perturbed
 from kvcycle.record import Generate, Record, Soak

@@ -7,7 +7,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import kvcycle
-from kvcycle.cycle import generate_once
+from kvcycle.generate import generate_once
 from kvcycle.profile import Profile
 from kvcycle.record import Record, When
 

@@ -17,23 +17,25 @@ from kvcycle.record import (
     Cycle,
     Device,
     DeviceUse,
-    DropInfo,
     Generate,
-    Layout,
     Params,
-    Params2Info,
     Phase,
-    PhaseInfo,
     PhaseName,
     Pool,
-    RebuildInfo,
     Record,
     Stack,
     SwapInfo,
-    WeightsReleasedInfo,
-    WeightsResumedInfo,
     When,
     Witness,
+)
+from kvcycle.record_info import (
+    DropInfo,
+    Layout,
+    Params2Info,
+    PhaseInfo,
+    RebuildInfo,
+    WeightsReleasedInfo,
+    WeightsResumedInfo,
 )
 
 #: Bytes on each device, as the tiny profile has them.

@@ -11,7 +11,8 @@ from typing import get_args
 import pytest
 
 from kvcycle.checks import CHECKS, SOAK_CHECKS, WEIGHTS_CHECKS, judge, passed
-from kvcycle.record import PHASES, Compiles, Phase, PhaseName, RebuildInfo, Record, Verdict, When
+from kvcycle.record import PHASES, Compiles, Phase, PhaseName, Record, Verdict, When
+from kvcycle.record_info import RebuildInfo
 from tests.unit.records import (
     BORROWED,
     CANARY,

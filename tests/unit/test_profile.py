@@ -241,7 +241,6 @@ def test_what_a_profile_does_not_say_is_strict() -> None:
         ("thresholds.min_distinct_tokens", 1),
         ("timeouts.boot_s", 0),
         ("timeouts.step_s", 0),
-        ("timeouts.drain_s", 0),
     ],
 )
 def test_a_value_that_would_prove_nothing_is_refused(key: str, value: float) -> None:

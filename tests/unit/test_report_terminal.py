@@ -167,9 +167,17 @@ def test_an_inconclusive_run_has_failed() -> None:
 def test_what_was_not_run_is_said_and_no_pass() -> None:
     text = flat(shown(LEFT_OUT))
     assert "not run: controls.compiles_are_counted, " in text
-    assert "swap.shares_buffers: the profile leaves generation out. This is not a pass." in text
+    reason = "the profile leaves generation out (cycle.generate = false). This is not a pass."
+    assert f"swap.shares_buffers: {reason}" in text
     assert "seconds" not in text
     assert text.endswith(" pass, 10 not-run")
+
+
+def test_what_was_not_run_for_another_reason_says_that_one() -> None:
+    text = flat(shown(with_profile(good_record(), "engine", disable_radix_cache=True)))
+    reason = "the engine keeps no prefix cache (engine.disable_radix_cache = true). This is not a pass."
+    assert f"not run: controls.prefix_hit_is_seen, generate.no_stale_prefix: {reason}" in text
+    assert "leaves generation out" not in text
 
 
 def test_a_run_that_ended_early_is_shown_as_far_as_it_came() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from kvcycle.checks.controls import blindness, speaks
 from kvcycle.checks.verdicts import DEVICE_WITNESSES, change, count, scope, tolerance_bytes, unmeasured, use_of
-from kvcycle.record import DeviceUse, DropInfo, Params2Info, PhaseName, Record, Verdict
+from kvcycle.record import DeviceUse, PhaseName, Record, Verdict
+from kvcycle.record_info import DropInfo, Params2Info
 from kvcycle.text import exact_bytes
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from kvcycle.checks.verdicts import count, left_out, scope, unmeasured
-from kvcycle.record import Layout, RebuildInfo, Record, Verdict
+from kvcycle.record import Record, Verdict
+from kvcycle.record_info import Layout, RebuildInfo
 
 
 def _count_slots(

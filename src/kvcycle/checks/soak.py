@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 from kvcycle.checks.controls import blindness, compiles_are_counted, output_varies, speaks
-from kvcycle.checks.verdicts import at_most, left_out, scope, tolerance_bytes, unmeasured
+from kvcycle.checks.verdicts import at_most, left_out, outcome_of, scope, tolerance_bytes, unmeasured
 from kvcycle.record import Owner, Record, Soak, Verdict, Witness
 from kvcycle.text import exact_bytes, signed_bytes
 
@@ -118,16 +118,14 @@ def _growth(check: str, record: Record, soak: Soak, device_id: int, witness: Wit
         f"{WINDOW} idle points, expected at most {exact_bytes(ceiling)}, the highest of {len(before)} before the first "
         "drop"
     )
-    blind = blindness(record, witness, device_id)
     if grown is not None:
         text += f"; grown by {signed_bytes(growth)}, allowed {exact_bytes(tolerance)}"
-    elif blind:
-        text += f"; but {blind}, so this proves nothing"
+    outcome, text = outcome_of(grown is None, text, blindness(record, witness, device_id))
     return Verdict(
         id=check,
         scope=place,
         witness=witness,
-        verdict="fail" if grown is not None else "inconclusive" if blind else "pass",
+        verdict=outcome,
         expected=ceiling,
         measured=lowest[window],
         unit="bytes",

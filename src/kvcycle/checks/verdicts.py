@@ -31,6 +31,13 @@ def tolerance_bytes(record: Record, witness: Witness, expected: int) -> int:
     return int(tolerances.get("allocator_bytes", 0)) if witness == "allocator" else 0
 
 
+def outcome_of(ok: bool, text: str, blind: str | None) -> tuple[Outcome, str]:
+    """The outcome, and the sentence so far: a pass whose control failed (``blind``) is inconclusive, and says why."""
+    if ok and blind:
+        return "inconclusive", f"{text}; but {blind}, so this proves nothing"
+    return ("pass" if ok else "fail"), text
+
+
 def change(
     check: str,
     place: str,
@@ -59,15 +66,14 @@ def change(
     """
     measured = values[1] - values[0]
     off = measured - expected
-    outcome: Outcome = "pass" if abs(off) <= tolerance else "fail"
+    ok = abs(off) <= tolerance
     text = (
         f"{after.name}, {place}, {witness}: bytes in use changed by {signed_bytes(measured)} since {before.name}, "
         f"expected {signed_bytes(expected)}"
     )
-    if outcome == "fail":
+    if not ok:
         text += f"; off by {signed_bytes(off)}, allowed {exact_bytes(tolerance)}"
-    elif blind:
-        outcome, text = "inconclusive", f"{text}; but {blind}, so this proves nothing"
+    outcome, text = outcome_of(ok, text, blind)
     return Verdict(
         id=check,
         scope=place,
@@ -93,13 +99,12 @@ def count(
     blind: str | None = None,
 ) -> Verdict:
     """The verdict on a number that must be met exactly; ``what`` is the beginning of the sentence."""
-    outcome: Outcome = "pass" if measured == expected else "fail"
+    ok = measured == expected
     show = exact_bytes if unit == "bytes" else "{:,}".format
     text = f"{place}: {what}: {show(measured)}, expected {show(expected)}"
-    if outcome == "fail" and unit == "bytes":
+    if not ok and unit == "bytes":
         text += f"; off by {signed_bytes(measured - expected)}"
-    if outcome == "pass" and blind:
-        outcome, text = "inconclusive", f"{text}; but {blind}, so this proves nothing"
+    outcome, text = outcome_of(ok, text, blind)
     return Verdict(
         id=check,
         scope=place,
@@ -124,9 +129,7 @@ def at_most(
     blind: str | None,
 ) -> Verdict:
     """The verdict on a figure that may not exceed another; ``text`` is the sentence without its place and full stop."""
-    outcome: Outcome = "pass" if measured <= allowed else "fail"
-    if outcome == "pass" and blind:
-        outcome, text = "inconclusive", f"{text}; but {blind}, so this proves nothing"
+    outcome, text = outcome_of(measured <= allowed, text, blind)
     return Verdict(
         id=check,
         scope=place,

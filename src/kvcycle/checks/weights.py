@@ -12,15 +12,8 @@ from kvcycle.checks.controls import compiles_are_counted
 from kvcycle.checks.generation import failed_control, output_as_warm
 from kvcycle.checks.memory import device_changes
 from kvcycle.checks.verdicts import count, left_out, scope, unmeasured
-from kvcycle.record import (
-    WEIGHTS_PHASES,
-    Compiles,
-    Cycle,
-    Record,
-    Verdict,
-    WeightsReleasedInfo,
-    WeightsResumedInfo,
-)
+from kvcycle.record import WEIGHTS_PHASES, Compiles, Cycle, Record, Verdict
+from kvcycle.record_info import WeightsReleasedInfo, WeightsResumedInfo
 
 
 def _concerned(record: Record) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvcycle import capacity, internals
 from kvcycle import cycle as cycles
-from kvcycle.faults.catalogue import Target, fault, wrapped
+from kvcycle.faults.catalogue import Change, Target, exchanged, fault, wrapped
 from kvcycle.memory import snapshot
 from kvcycle.params import ParamSet
 
@@ -21,20 +21,12 @@ _FITS, _OWN, _GROWS = "params2.fits", "params2.is_its_own_memory", "cycles.no_gr
 
 
 @contextmanager
-def _cloned_as(
-    change: Callable[[list[jax.Array]], list[jax.Array]], *, spared: Sequence[jax.Array] = ()
-) -> Iterator[None]:
+def _cloned_as(change: Change, *, spared: Sequence[jax.Array] = ()) -> Iterator[None]:
     """Let every clone be ``change(its leaves)``. Freeing it spares what is the engine's as well."""
     others = {id(array) for array in spared}
 
     def clone(original: Callable[..., ParamSet], *args: Any, **kwargs: Any) -> ParamSet:
-        made = list(original(*args, **kwargs).leaves)
-        changed = jax.block_until_ready(change(made))
-        kept = {id(leaf) for leaf in changed}
-        for leaf in made:
-            if id(leaf) not in kept:
-                leaf.delete()
-        return ParamSet(tuple(changed))
+        return ParamSet(tuple(exchanged(original(*args, **kwargs).leaves, change)))
 
     def delete(params: ParamSet) -> None:
         for leaf in params.leaves:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -107,58 +107,57 @@ def wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None
         yield
 
 
+def _nothing() -> None:
+    pass
+
+
 @contextmanager
-def before_drop(target: Target, act: Callable[[], None]) -> Iterator[None]:
+def around(
+    owner: Any, name: str, *, before: Callable[[], object] = _nothing, after: Callable[[], object] = _nothing
+) -> Iterator[None]:
+    """Do something right before or after ``owner.name(...)`` meanwhile, on the thread that calls it."""
+
+    def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before()
+        result = original(*args, **kwargs)
+        after()
+        return result
+
+    with wrapped(owner, name, call):
+        yield
+
+
+def before_drop(target: Target, act: Callable[[], object]) -> AbstractContextManager[None]:
     """Do something on the scheduler's thread right before the buffers are deleted."""
-
-    def drop(original: Callable[..., Any], **options: Any) -> Any:
-        act()
-        return original(**options)
-
-    with wrapped(target.buffers, "drop", drop):
-        yield
+    return around(target.buffers, "drop", before=act)
 
 
-@contextmanager
-def after_drop(target: Target, act: Callable[[], None]) -> Iterator[None]:
+def after_drop(target: Target, act: Callable[[], object]) -> AbstractContextManager[None]:
     """Do something on the scheduler's thread right after the buffers are deleted."""
-
-    def drop(original: Callable[..., Any], **options: Any) -> Any:
-        freed = original(**options)
-        act()
-        return freed
-
-    with wrapped(target.buffers, "drop", drop):
-        yield
+    return around(target.buffers, "drop", after=act)
 
 
-@contextmanager
-def rebuilt_as(target: Target, change: Callable[[list[jax.Array]], list[jax.Array]]) -> Iterator[None]:
-    """Let the rebuild put ``change(arrays)`` into the slots; what it leaves out of the allocated is freed."""
-
-    def allocate(original: Callable[[], list[jax.Array]]) -> list[jax.Array]:
-        arrays = original()
-        changed = jax.block_until_ready(change(arrays))
-        kept = {id(array) for array in changed}
-        for array in arrays:
-            if id(array) not in kept:
-                array.delete()
-        return list(changed)
-
-    with wrapped(target.buffers, "allocate", allocate):
-        yield
-
-
-@contextmanager
-def after_rebuild(target: Target, act: Callable[[], None]) -> Iterator[None]:
+def after_rebuild(target: Target, act: Callable[[], object]) -> AbstractContextManager[None]:
     """Do something on the scheduler's thread right after the buffers are back in their slots."""
+    return around(target.buffers, "rebuild", after=act)
 
-    def rebuild(original: Callable[[], None]) -> None:
-        original()
-        act()
 
-    with wrapped(target.buffers, "rebuild", rebuild):
-        yield
+Change = Callable[[list[jax.Array]], Sequence[jax.Array]]
+
+
+def exchanged(arrays: Sequence[jax.Array], change: Change) -> list[jax.Array]:
+    """``change(arrays)``, once it is there; what it leaves out of the arrays is freed."""
+    changed: list[jax.Array] = list(jax.block_until_ready(change(list(arrays))))
+    kept = {id(array) for array in changed}
+    for array in arrays:
+        if id(array) not in kept:
+            array.delete()
+    return changed
+
+
+def rebuilt_as(target: Target, change: Change) -> AbstractContextManager[None]:
+    """Let the rebuild put ``change(arrays)`` into the slots."""
+    return wrapped(target.buffers, "allocate", lambda original: exchanged(original(), change))
 
 
 @contextmanager
@@ -175,11 +174,15 @@ Answer = dict[str, Any]
 
 
 @contextmanager
-def answers(target: Target, change: Callable[[Answer, bool], None]) -> Iterator[None]:
-    """Change what ``engine.generate()`` answers; the second argument tells the first generation after a rebuild."""
+def answers(
+    target: Target,
+    change: Callable[[Answer, bool], object],
+    after: Callable[[Target, Callable[[], object]], AbstractContextManager[None]] = after_rebuild,
+) -> Iterator[None]:
+    """Change what ``engine.generate()`` answers; the second argument tells the first one after a rebuild."""
     fresh = False
 
-    def rebuilt() -> None:
+    def begin() -> None:
         nonlocal fresh
         fresh = True
 
@@ -189,5 +192,5 @@ def answers(target: Target, change: Callable[[Answer, bool], None]) -> Iterator[
         change(answer, first)
         return answer
 
-    with after_rebuild(target, rebuilt), wrapped(target.engine, "generate", generate):
+    with after(target, begin), wrapped(target.engine, "generate", generate):
         yield

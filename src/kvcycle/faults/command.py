@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from kvcycle.command_line import ProfileOption, ReportDirOption, SetOption, sentences, teller
 from kvcycle.errors import KVCycleError
 from kvcycle.profile_file import load_profile, parse_overrides
 from kvcycle.report import terminal
@@ -16,22 +16,16 @@ from kvcycle.report.folder import new_run_dir
 
 
 def faults_command(
-    profile: Annotated[str, typer.Option("--profile", "-p", help="profile by name or path")] = "tiny",
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="set a profile key; repeatable")
-    ] = None,
+    profile: ProfileOption = "tiny",
+    assignments: SetOption = None,
     only: Annotated[str, typer.Option(help="only the faults whose name contains this")] = "",
     show_list: Annotated[bool, typer.Option("--list", help="list the faults and run none")] = False,
-    report_dir: Annotated[Path, typer.Option(help="where the run gets a folder")] = Path("reports"),
+    report_dir: ReportDirOption = Path("reports"),
 ) -> None:
     """Plant every fault into a live engine on virtual CPU devices; exit code 1 if one slips past the checks."""
     console = terminal.console()
-    started = time.perf_counter()
-
-    def say(line: str) -> None:
-        console.print(f"kvcycle {time.perf_counter() - started:7.1f} s  {line}", markup=False, soft_wrap=True)
-
-    try:
+    say = teller(console)
+    with sentences():
         loaded = load_profile(profile, parse_overrides(assignments or []))
         loaded.check_geometry("cpu")
         from kvcycle import platform as platforms
@@ -49,9 +43,6 @@ def faults_command(
             console.print(table)
             return
         run_dir = new_run_dir(report_dir)
-    except KVCycleError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
 
     import kvcycle
     from kvcycle.faults.campaign import Campaign

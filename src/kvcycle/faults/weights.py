@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvcycle import internals
 from kvcycle import weights as module
-from kvcycle.faults.catalogue import Answer, Target, deletes, fault, wrapped
+from kvcycle.faults.catalogue import Answer, Change, Target, answers, around, deletes, exchanged, fault, wrapped
 from kvcycle.weights import Weights
 
 _RELEASED, _RESTORED, _BITS = "weights.released_exact", "weights.restored_exact", "weights.restored_bits"
@@ -25,49 +25,19 @@ def _holder(target: Target) -> Any:
     return Weights(target.engine)._holder
 
 
-@contextmanager
-def _resumed_as(target: Target, change: Callable[[list[jax.Array]], Sequence[jax.Array]]) -> Iterator[None]:
-    """Let the resume put ``change(arrays)`` into the engine; what it leaves out of the allocated is freed."""
-
-    def allocate(original: Callable[..., list[jax.Array]], *kept: Any) -> list[jax.Array]:
-        arrays = original(*kept)
-        changed = list(jax.block_until_ready(change(arrays)))
-        staying = {id(array) for array in changed}
-        for array in arrays:
-            if id(array) not in staying:
-                array.delete()
-        return changed
-
-    with wrapped(_holder(target), "_allocate", allocate):
-        yield
+def _resumed_as(target: Target, change: Change) -> AbstractContextManager[None]:
+    """Let the resume put ``change(arrays)`` into the engine."""
+    return wrapped(_holder(target), "_allocate", lambda original, kept: exchanged(original(kept), change))
 
 
-@contextmanager
-def _after_resume(target: Target, act: Callable[[], None]) -> Iterator[None]:
+def _after_resume(target: Target, act: Callable[[], object]) -> AbstractContextManager[None]:
     """Do something on the scheduler's thread right after the weights are back."""
-
-    def resume(original: Callable[..., None], *update: Any) -> None:
-        original(*update)
-        act()
-
-    with wrapped(_holder(target), "resume", resume):
-        yield
+    return around(_holder(target), "resume", after=act)
 
 
-@contextmanager
-def _first_answer(target: Target, change: Callable[[Answer], None]) -> Iterator[None]:
+def _first_answer(target: Target, change: Callable[[Answer], object]) -> AbstractContextManager[None]:
     """Let the first generation after a resume do ``change(its answer)`` before it returns."""
-    fresh: list[bool] = []
-
-    def generate(original: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
-        answer = original(*args, **kwargs)
-        if fresh:
-            fresh.clear()
-            change(answer)
-        return answer
-
-    with _after_resume(target, lambda: fresh.append(True)), wrapped(target.engine, "generate", generate):
-        yield
+    return answers(target, lambda answer, first: first and change(answer), after=_after_resume)
 
 
 @fault(_RELEASED, run="weights", also=(_RESTORED,), says="an array of the weights is still held elsewhere")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from kvcycle.command_line import BAD_INPUT, ProfileOption, SetOption, sentences
 from kvcycle.errors import KVCycleError, ProfileError
 from kvcycle.plan import table
 from kvcycle.plan.api import ask
@@ -18,17 +19,15 @@ from kvcycle.profile import Profile
 from kvcycle.profile_file import load_profile, parse_overrides
 from kvcycle.report import terminal
 
-_DOES_NOT_FIT, _BAD_INPUT = 1, 2
+_DOES_NOT_FIT = 1
 
 
 def plan_command(
-    profile: Annotated[str, typer.Option("--profile", "-p", help="profile by name or path")],
+    profile: ProfileOption,
     topologies: Annotated[
         list[str], typer.Option("--topology", "-t", help="a slice: v4-8, v5litepod-4, v6e-8, …; repeatable")
     ],
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="set a profile key; repeatable")
-    ] = None,
+    assignments: SetOption = None,
     forward: Annotated[
         bool, typer.Option("--forward", help="also compile the model's prefill and decode steps (may take minutes)")
     ] = False,
@@ -51,21 +50,18 @@ def plan_command(
     """Ask the TPU compiler what fits on a TPU slice, phase by phase. No TPU is needed."""
     # Standard output is JSON's alone if it is asked for there.
     console = Console(stderr=True, highlight=False) if json_file == "-" else terminal.console()
-    try:
+    with sentences():
         loaded = load_profile(profile, parse_overrides(assignments or []))
         names = list(dict.fromkeys(find_topology(name).name for name in topologies))
         if record_file is not None and len(names) > 1:
             raise ProfileError("--record takes one topology: a record is of one machine.")
-    except KVCycleError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(_BAD_INPUT) from error
     plans, limits, failures = _ask_for_all(loaded, names, console, forward, prefill_tokens, max_tokens)
     if json_file is not None:
         _write_json(json_file, plans, limits, failures)
     if record_file is not None and plans:
         plans[0].record.save(record_file)
     if failures:
-        raise typer.Exit(_BAD_INPUT)
+        raise typer.Exit(BAD_INPUT)
     if fail_if_it_does_not_fit and not all(plan.fits for plan in plans):
         raise typer.Exit(_DOES_NOT_FIT)
 
@@ -124,4 +120,4 @@ def _write_json(target: str, plans: list[Plan], limits: list[MaxTokens], failure
         Path(target).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         typer.echo(f"The plan cannot be written to {target}: {error}.", err=True)
-        raise typer.Exit(_BAD_INPUT) from error
+        raise typer.Exit(BAD_INPUT) from error

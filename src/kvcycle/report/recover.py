@@ -33,7 +33,7 @@ from kvcycle.errors import RecordError, RecoveryError
 from kvcycle.record import Record
 
 JUNIT, LOG, RECORD = "junit.xml", "reportlog.jsonl", "record.json"
-#: The type of the line, written by the suite (fixtures/reporting.py), that names the tests in the order they run in.
+#: The type of the line, written by the suite (fixtures/ending.py), that names the tests in the order they run in.
 COLLECTED = "Collected"
 
 

@@ -70,10 +70,12 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
             console.print(Text.assemble((verdict.verdict, _STYLE[verdict.verdict]), said))
             for cause in verdict.causes:
                 console.print(Text(printable(f"    likely: {cause}")))
-    left_out = sorted({verdict.id for verdict in verdicts if verdict.verdict == "not-run"})
-    if left_out:
-        said = printable(f"not run: {', '.join(left_out)}: the profile leaves generation out. This is not a pass.")
-        console.print(Text(said, "dim"))
+    left_out: dict[str, set[str]] = {}
+    for verdict in verdicts:
+        if verdict.verdict == "not-run":
+            left_out.setdefault(verdict.message.removeprefix("Not run: "), set()).add(verdict.id)
+    for reason, checks in left_out.items():
+        console.print(Text(printable(f"not run: {', '.join(sorted(checks))}: {reason}"), "dim"))
     console.print(verdict_line(record, verdicts), soft_wrap=True)
 
 

@@ -1,0 +1,43 @@
+"""One greedy generation of a profile's prompt, timed, with the compiler watched: what a record knows of generating."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from kvcycle import compiles
+from kvcycle.deadline import step_deadline
+from kvcycle.profile import Profile
+from kvcycle.record import Generate, When
+
+
+def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Generate:
+    """One greedy generation of the profile's prompt, with the compiler watched meanwhile.
+
+    Raises:
+        StepTimeoutError: it did not end within ``timeouts.step_s``.
+    """
+    with step_deadline(engine, profile, f"cycle {cycle}: generate {when}"), compiles.counting() as span:
+        started = time.perf_counter()
+        answer = engine.generate(
+            prompt=profile.cycle.prompt,
+            sampling_params={
+                "temperature": 0,
+                "max_new_tokens": profile.cycle.max_new_tokens,
+                "ignore_eos": True,
+            },
+            return_logprob=True,
+        )
+        elapsed = time.perf_counter() - started
+    meta = answer["meta_info"]
+    # Over-long above 50 new tokens (0.1.0rc0), so cut to what was completed.
+    output = meta["output_token_logprobs"][: meta["completion_tokens"]]
+    return Generate(
+        when=when,
+        cycle=cycle,
+        seconds=elapsed,
+        token_ids=tuple(int(entry[1]) for entry in output),
+        logprobs=tuple(float(entry[0]) for entry in output),
+        cached_tokens=int(meta.get("cached_tokens", 0)),
+        compiles=span.compiles,
+    )
