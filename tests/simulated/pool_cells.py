@@ -1,8 +1,8 @@
 """Every real pool class of sglang-jax, in every geometry, dropped and rebuilt on eight virtual devices: a script.
 
 ``pool_cells.py PART PARTS`` prints one line of JSON for each cell of :func:`kvcycle.compatibility.pool_cells` that is
-in that part of them. A process of its own, since the tests'
-process has four devices; no engine, so nothing in it can kill its parent.
+in that part of them. A process of its own, since the tests' process has four devices; no engine, so nothing in it can
+kill its parent.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ def drop_and_rebuild(pool: str, geometry: Geometry) -> dict[str, Any]:
     arrays = [slot.get() for slot in slots]
     specs, owners = [BufferSpec.of(array) for array in arrays], [slot.owner for slot in slots]
     held = bytes_by_device(arrays)
-    allocate = ZeroAllocator(specs)
+    with counting() as control:
+        allocate = ZeroAllocator(specs)
     for slot, array in zip(slots, arrays, strict=True):
         # From numpy, which compiles nothing: hundreds of cells are mostly compilations.
         slot.set(jax.device_put(np.ones(array.shape, array.dtype), array.sharding))
@@ -222,6 +223,7 @@ def drop_and_rebuild(pool: str, geometry: Geometry) -> dict[str, Any]:
         "restored_exactly": in_use() == before,
         "buffers": len(slots),
         "control_dirty": all(dirty),
+        "control_compiled": control.compiles.any_work > 0,
         "zeroed": not any(nonzero(slot) for slot in slots),
         "same_layout": [BufferSpec.of(slot.get()) for slot in again] == specs,
         "in_place": all(slot.owner is owner for slot, owner in zip(again, owners, strict=True)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from kvcycle.checks import CHECKS, SOAK_CHECKS, WEIGHTS_CHECKS, judge, passed
 from kvcycle.checks.soak import MIN_CYCLES, WINDOW, violation
 from kvcycle.record import Compiles, Record, Verdict
+from tests.unit import planted
 from tests.unit.records import KV_BYTES, RSS_BASE, edit_canary, edit_generates, good_record, with_profile
 from tests.unit.soaks import HELD, edit_points, edit_soak, good_soak, hold, hold_before, set_points, soak_of
 
@@ -48,13 +48,9 @@ def test_a_record_without_a_soak_has_no_verdict_on_one() -> None:
 
 
 @dataclass(frozen=True)
-class Fault:
-    """A planted fault, and the one verdict that it turns red."""
+class Fault(planted.Fault):
+    """A fault planted in a soak, and the one verdict that it turns red."""
 
-    check: str
-    name: str
-    plant: Callable[[Record], Record]
-    message: str
     base: Record = ON_CPU
 
     def __str__(self) -> str:

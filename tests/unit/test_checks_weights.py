@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
 from kvcycle.checks import WEIGHTS_CHECKS, judge, passed
 from kvcycle.record import WEIGHTS_PHASES, Compiles, PhaseName, Record, Verdict
+from tests.unit import planted
+from tests.unit.planted import named, only
 from tests.unit.records import (
     DIGESTS,
     LEAVES,
@@ -35,16 +36,6 @@ def of_weights(record: Record) -> list[Verdict]:
     return [verdict for verdict in judge(record) if verdict.id in WEIGHTS_CHECKS]
 
 
-def named(verdicts: list[Verdict], outcome: str) -> set[str]:
-    return {f"{verdict.id}[{verdict.name}]" for verdict in verdicts if verdict.verdict == outcome}
-
-
-def only(verdicts: list[Verdict], check: str, name: str) -> Verdict:
-    found = [verdict for verdict in verdicts if (verdict.id, verdict.name) == (check, name)]
-    assert len(found) == 1, f"{len(found)} verdicts of {check} on {name}"
-    return found[0]
-
-
 @pytest.mark.parametrize("record", [ON_CPU, ON_TPU, good_record(cycles=1, devices=1, release_weights=True)])
 def test_a_good_record_passes_every_check(record: Record) -> None:
     verdicts = of_weights(record)
@@ -54,20 +45,10 @@ def test_a_good_record_passes_every_check(record: Record) -> None:
 
 
 @dataclass(frozen=True)
-class Fault:
-    """A planted fault, and a verdict of the one check that it turns red."""
+class Fault(planted.Fault):
+    """A fault planted in a record with the weights' phases, and a verdict of the one check that it turns red."""
 
-    check: str
-    name: str
-    plant: Callable[[Record], Record]
-    message: str
-    likely: str
     base: Record = ON_CPU
-    #: Tells apart what is planted for the same verdict.
-    what: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.check}[{self.name}]{self.what}"
 
 
 def compiled(record: Record, **work: int) -> Record:
