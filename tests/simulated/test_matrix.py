@@ -47,7 +47,8 @@ def test_a_pool_is_dropped_and_rebuilt_and_its_size_is_the_predicted_one(
     del found["id"], found["held"], found["predicted"], found["buffers"]
     assert found == {
         "devices": cell.geometry.tp_size, "even": True, "control_dirty": True, "control_compiled": True,
-        "freed_exactly": True, "restored_exactly": True, "zeroed": True, "same_layout": True, "in_place": True, "compiled": 0,
+        "freed_exactly": True, "restored_exactly": True, "zeroed": True, "same_layout": True, "in_place": True,
+        "compiled": 0,
     }  # fmt: skip
 
 
