@@ -9,6 +9,7 @@ Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0; what only one of them has is asked for
 - ``scheduler.on_idle``, or ``check_tree_cache`` (0.0.3rc0): what the loop calls when there is nothing to do;
 - ``scheduler.is_fully_idle``, or ``_can_flush_cache`` (0.0.3rc0): whether the pipeline of finished requests is empty;
 - ``scheduler.pause_generation``, ``abort_request`` and the queues that they act on;
+- ``ScheduleBatch._merge_cache_loc`` and the request pool's ``cache_loc_host_buf``, on CPU (0.1.0rc0);
 - ``engine.tokenizer_manager.generate_request``: what generate, async_generate, streaming, encode, rerank and score go
   through, and ``.flush_cache``.
 """
@@ -19,7 +20,7 @@ import importlib.metadata
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import jax
@@ -230,6 +231,27 @@ def rest_when_idle(scheduler: Any, seconds: float = 0.001) -> None:
     For virtual devices only, where a machine of few cores is everything: on an accelerator it would add latency.
     """
     after_idle_work(scheduler, lambda: time.sleep(seconds))
+
+
+def own_cache_locations() -> None:
+    """Give every batch an array of cache locations that no later batch overwrites; for virtual devices only.
+
+    sglang-jax 0.1.0rc0 hands each batch a view of one buffer (``cache_loc_host_buf``), since the transfer to a device
+    copies it. A CPU device takes a numpy array that happens to be aligned to 64 bytes as it is, and under overlap reads
+    it when the next batch is being written: several requests at once then read each other's keys and values, in one
+    process and not in the next. 0.0.3rc0 makes a new array for every batch.
+    """
+    from sgl_jax.srt.managers.schedule_batch import ScheduleBatch
+
+    merge = ScheduleBatch._merge_cache_loc
+    if hasattr(merge, "__wrapped__"):
+        return  # an earlier engine of this process needed it too
+
+    @wraps(merge)
+    def merge_and_copy(*args: Any, **kwargs: Any) -> Any:
+        return merge(*args, **kwargs).copy()
+
+    ScheduleBatch._merge_cache_loc = merge_and_copy
 
 
 def refuse_requests(engine: Any, reason: Callable[[], Exception | None]) -> None:
