@@ -173,7 +173,7 @@ def _span(values: list[int]) -> str:
 
 
 def _every(values: list[int]) -> str:
-    return f", in each of {len(values):,} cycles" if len(values) > 1 else ""
+    return f", in {'each of ' * (len(set(values)) == 1)}{len(values):,} cycles" if len(values) > 1 else ""
 
 
 def _devices(record: Record) -> str:

@@ -32,6 +32,12 @@
       event.preventDefault();
       bars[at + step].focus();
     });
+    // Whoever moves the pointer has left the keyboard; a page that scrolls under it moves nothing.
+    cols.addEventListener("mousemove", (event) => {
+      const focused = document.activeElement;
+      const moved = event.movementX || event.movementY;
+      if (moved && focused.matches(".col") && !focused.contains(event.target)) focused.blur();
+    });
   });
   all(".to-limit").forEach((box) => box.addEventListener("change", () => {
     box.closest("figure").classList.toggle("scaled", box.checked);
