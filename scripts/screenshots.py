@@ -29,13 +29,14 @@ MOST_BYTES = 200_000
 
 @dataclass(frozen=True)
 class Shot:
-    """One screenshot: of which record, in which colours and window, and the bar that is pointed at."""
+    """One screenshot: of which record, in which colours and window, from which part on, and the bar pointed at."""
 
     name: str
     record: Record
     scheme: str
     width: int = 1180
     height: int = 1250
+    part: str = ""
     point_at: str | None = None
 
 
@@ -45,8 +46,8 @@ def shots() -> list[Shot]:
     return [
         Shot("passed-light", tiny, "light", point_at="kv_cache_dropped"),
         Shot("passed-dark", tiny, "dark"),
-        Shot("failed-light", shift(tiny, BORROWED, 3 * 2**20), "light", height=1560),
-        Shot("phone-light", tiny, "light", width=360, height=1800),
+        Shot("failed-light", shift(tiny, BORROWED, 3 * 2**20), "light", height=1060, part="#memory"),
+        Shot("phone-light", tiny, "light", width=360, height=1000, part="#memory"),
     ]
 
 
@@ -56,7 +57,7 @@ def take(browser: Chrome, shot: Shot, folder: Path) -> Path:
     page.write(shot.record, judge(shot.record), file)
     prefer(browser, shot.scheme)
     resize(browser, shot.width, shot.height)
-    browser.get(file.as_uri())
+    browser.get(file.as_uri() + shot.part)
     if shot.point_at is not None:
         bar = browser.find_element(By.CSS_SELECTOR, f'.col[data-phase="{shot.point_at}"]')
         ActionChains(browser).move_to_element(bar).perform()
