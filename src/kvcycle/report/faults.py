@@ -25,8 +25,8 @@ def show_matrix(results: Sequence[Result], console: Console) -> None:
     for result in results:
         row = Text(result.fault.id.ljust(width + 2), style="" if result.caught else "bold red")
         for check in CHECKS:
-            mark = _mark(result, check)
-            row.append(mark, style=_STYLE.get(mark, "")).append(" ")
+            sign = mark(result, check)
+            row.append(sign, style=_STYLE.get(sign, "")).append(" ")
         row.append(f"{result.seconds:6.1f} s", style="dim")
         console.print(row, soft_wrap=True)
     console.print(_LEGEND, style="dim", soft_wrap=True)
@@ -89,7 +89,8 @@ def save(results: Sequence[Result], path: Path) -> None:
     )
 
 
-def _mark(result: Result, check: str) -> str:
+def mark(result: Result, check: str) -> str:
+    """One character for what a check made of a fault; the legend says which."""
     outcome = result.outcomes.get(check)
     if check in result.missed:
         return "M"
