@@ -36,13 +36,13 @@ def result(name: str = "a-fault", **changes: Any) -> Result:
     outcomes |= {FIRST: "fail", SECOND: "inconclusive", THIRD: "fail", list(CHECKS)[-1]: "not-run"}
     values: dict[str, Any] = {
         "fault": fault, "outcomes": outcomes, "missed": (), "false_alarms": (), "named": True, "message": "said why",
-        "seconds": 1.25,
+        "alarm": "", "seconds": 1.25,
     }  # fmt: skip
     return Result(**(values | changes))
 
 
 MISSED = result("a-missed-fault", missed=(FIRST,), outcomes=dict.fromkeys(CHECKS, "pass") | {SECOND: "inconclusive"})
-ACCUSED = result("a-false-alarm", false_alarms=(list(CHECKS)[4],))
+ACCUSED = result("a-false-alarm", false_alarms=(list(CHECKS)[4],), alarm="4 B more.")
 
 
 def shown(*results: Result) -> list[str]:
@@ -68,7 +68,7 @@ def test_what_was_not_caught_says_why() -> None:
     lines = "\n".join(shown(result(), MISSED, ACCUSED))
     assert "NOT CAUGHT a-fault " not in lines
     assert f"NOT CAUGHT a-missed-fault (Something is wrong): {FIRST} did not turn red." in lines
-    assert why_not(ACCUSED) == f"{list(CHECKS)[4]} turned red and should not have."
+    assert why_not(ACCUSED) == f"{list(CHECKS)[4]} turned red and should not have: 4 B more."
     unnamed = result(named=False, message="something else")
     assert why_not(unnamed) == "no message says 'why'; the first says: something else."
 

@@ -45,10 +45,10 @@ def why_not(result: Result) -> str:
     if result.missed:
         parts.append(f"{', '.join(result.missed)} did not turn red")
     if result.false_alarms:
-        parts.append(f"{', '.join(result.false_alarms)} turned red and should not have")
+        parts.append(f"{', '.join(result.false_alarms)} turned red and should not have: {result.alarm}")
     if not result.named:
         parts.append(f"no message says {result.fault.says!r}; the first says: {result.message or 'nothing'}")
-    return "; ".join(parts) + "."
+    return "; ".join(parts).removesuffix(".") + "."
 
 
 def summary(results: Sequence[Result], *, whole: bool = True) -> tuple[str, bool]:
