@@ -104,6 +104,12 @@ def outcome(case: TestCase) -> list[type]:
     return [type(result) for result in case.result]
 
 
+def _shown(case: TestCase, attribute: str) -> str | None:
+    """What the suite's own JUnit file has: pytest counts lines from 0, which fixtures/reporting.py mends."""
+    value = case._elem.get(attribute)
+    return str(int(value) + 1) if attribute == "line" and value is not None else value
+
+
 def test_what_had_ended_is_as_pytest_itself_reports_it(finished: Path, killed: Path) -> None:
     recovered = recover(killed)
     theirs, ours = cases(finished / "junit.xml"), cases(recovered.junit)
@@ -114,6 +120,8 @@ def test_what_had_ended_is_as_pytest_itself_reports_it(finished: Path, killed: P
         assert [r.text for r in ours[name].result if not isinstance(r, Skipped)] == [
             r.text for r in case.result if not isinstance(r, Skipped)
         ]
+        for attribute in ("file", "line"):
+            assert ours[name]._elem.get(attribute) == _shown(case, attribute), name
     assert recovered.outcomes == {"passed": 2, "failure": 2, "skipped": 1, "error": 2}
     assert recovered.running is None
     skipped = ours["test_one|test_skips"].result[0]

@@ -1,0 +1,56 @@
+"""The files of a report: everything that is drawn of one judged record, in one folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kvcycle.record import Record, Verdict
+from kvcycle.report import markdown
+from kvcycle.report.markdown import FailedTest
+
+SUMMARY = "summary.md"
+#: The environment variable by which GitHub Actions names the file whose Markdown it shows on the run's page.
+STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
+
+
+def write(
+    record: Record, verdicts: Sequence[Verdict], folder: Path, failed_tests: Sequence[FailedTest] = ()
+) -> list[Path]:
+    """Write all files of a report into ``folder``, which is made if it is not there; returns their paths.
+
+    Raises:
+        OSError: one of them cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = folder / SUMMARY
+    summary.write_text(markdown.summary(record, verdicts, failed_tests), encoding="utf-8")
+    return [summary]
+
+
+def write_without_record(outcome: str, reason: str, folder: Path) -> Path:
+    """Write the summary of a run that measured nothing; returns its path.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    summary = folder / SUMMARY
+    summary.write_text(markdown.summary_without_record(outcome, reason), encoding="utf-8")
+    return summary
+
+
+def append_step_summary(summary: Path, environment: Mapping[str, str] | None = None) -> str | None:
+    """Append a summary to the file that the CI service names for the run's page; nothing where it names none.
+
+    Returns:
+        What went wrong, as a sentence; None if nothing did. A page without a summary is no reason to lose a run.
+    """
+    if not (name := (os.environ if environment is None else environment).get(STEP_SUMMARY)):
+        return None
+    try:
+        with Path(name).open("a", encoding="utf-8") as file:
+            file.write(summary.read_text(encoding="utf-8") + "\n")
+    except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
+        return f"The summary could not be appended to {name} ({STEP_SUMMARY}): {error}."
+    return None
