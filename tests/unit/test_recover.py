@@ -194,6 +194,24 @@ def test_the_record_so_far_is_judged_and_its_last_phase_named(killed: Path) -> N
     assert {v.verdict for v in judged.checks} > {"pass"}
 
 
+def test_the_run_has_its_summary_and_the_ci_page_too(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_lines(killed, lines_until(killed, "test_fails", "setup"))
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(killed / "step.md"))
+    good_record().save(killed / "record.json")
+    done = CliRunner().invoke(app, ["report", "--recover", str(killed)])
+    assert done.exit_code == 1
+    summary = (killed / "summary.md").read_text()
+    assert summary.splitlines()[0].startswith("## ❌ FAILED \\[simulated-on-cpu\\] tiny")
+    assert "The run was killed while test_one.py::test_fails ran." in summary
+    assert (killed / "step.md").read_text() == summary + "\n"
+
+
+def test_a_run_without_a_record_says_that_it_was_killed(killed: Path) -> None:
+    assert CliRunner().invoke(app, ["report", "--recover", str(killed)]).exit_code == 1
+    told = "The run was killed after its last test, before its reports. No phase had been measured yet."
+    assert (killed / "summary.md").read_text() == f"## kvcycle: FAILED\n\n{told}\n"
+
+
 def test_a_record_that_is_none_does_not_keep_the_junit_file_from_being_made(killed: Path) -> None:
     (killed / "record.json").write_text('{"schema": 1')
     done = CliRunner().invoke(app, ["report", "--recover", str(killed)])

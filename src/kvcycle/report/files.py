@@ -40,6 +40,19 @@ def write_without_record(outcome: str, reason: str, folder: Path) -> Path:
     return summary
 
 
+def write_killed(record: Record | None, told: str, folder: Path) -> list[str]:
+    """Write the files of a run that was killed, and append its summary to the run's page; returns what went wrong."""
+    try:
+        if record is not None:
+            write(record, record.checks, folder, [("the run", told)])
+        else:
+            write_without_record("FAILED", told, folder)
+    except OSError as error:
+        return [f"the report's files could not be written: {error}"]
+    problem = append_step_summary(folder / SUMMARY)
+    return [problem] if problem else []
+
+
 def append_step_summary(summary: Path, environment: Mapping[str, str] | None = None) -> str | None:
     """Append a summary to the file that the CI service names for the run's page; nothing where it names none.
 
