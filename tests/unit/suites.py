@@ -30,14 +30,18 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.suite import _Breaking
 from kvcycle import checks
 from kvcycle.record import Record
 
 
 @pytest.fixture(scope="session")
-def record(suite, settings, progress, tell_junit):
-    for line in {lines!r}:
-        progress(line)
+def record(request, suite, settings, progress, details, tell_junit):
+    with _Breaking(request, "the cycle could not be run"):
+        for line in {lines!r}:
+            progress(line)
+        for line in {detailed!r}:
+            details(line)
     measured = Record.load(Path({path!r}))
     if {error!r}:
         if measured.cycles:
@@ -69,11 +73,17 @@ def suite_on(pytester: pytest.Pytester, source: Path) -> RunSuite:
         pytester: the session to run in.
         source: the folder of the suite's tests.
 
+    What it is told of progress are ``lines``, and of details ``detailed``; ``more`` is a module of further tests.
     Of a run that ends with an ``error``, the record is what was measured before; without a cycle there was nothing.
     """
 
     def run(
-        record: Record, *arguments: str, lines: Sequence[str] = (), error: str = "", more: str = ""
+        record: Record,
+        *arguments: str,
+        lines: Sequence[str] = (),
+        detailed: Sequence[str] = (),
+        error: str = "",
+        more: str = "",
     ) -> pytest.RunResult:
         folder = pytester.path / "tests" / "tpu"
         if not folder.exists():
@@ -84,7 +94,7 @@ def suite_on(pytester: pytest.Pytester, source: Path) -> RunSuite:
         path = pytester.path / "given.json"
         record.save(path)
         pytester.makeini(_INI)
-        pytester.makeconftest(_CONFTEST.format(path=str(path), lines=list(lines), error=error))
+        pytester.makeconftest(_CONFTEST.format(path=str(path), lines=list(lines), detailed=list(detailed), error=error))
         plugins = [argument for name in PLUGINS for argument in ("-p", f"fixtures.{name}")]
         keys = ("--kv-set", "cycle.release_weights=false", "--kv-cycles", str(len(record.cycles) or 1))
         platform = ("--kv-platform", "cpu")
