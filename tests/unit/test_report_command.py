@@ -189,7 +189,8 @@ def test_records_may_lie_in_a_folder_as_files(tmp_path: Path) -> None:
 
 def test_the_page_has_the_figures_and_no_record_can_put_a_tag_into_it(runs: Path, tmp_path: Path) -> None:
     name = "<img src=x onerror=alert(1)>"
-    run_at(GOOD.model_copy(update={"profile": GOOD.profile | {"name": name}}), runs / "<b>bold<")
+    hostile = GOOD.model_copy(update={"profile": GOOD.profile | {"name": name}})
+    run_at(hostile, runs / "<b>bold<", created="</script><script>alert(2)")
     done = report("--history", runs, "--figure", "cold_s", "-o", tmp_path / "out")
     assert done.exit_code == 0
     page = (tmp_path / "out" / "history.html").read_text()
@@ -197,6 +198,8 @@ def test_the_page_has_the_figures_and_no_record_can_put_a_tag_into_it(runs: Path
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
     assert "<img src=x" not in page
     assert "<b>bold<" not in page
+    assert "alert(2)" in page
+    assert "<script>alert(2)" not in page
 
 
 def test_a_history_fits_a_terminal_of_80_columns(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

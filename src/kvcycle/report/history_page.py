@@ -51,11 +51,14 @@ def _curve(entries: Sequence[Entry], name: str) -> Any:
         drawn.add_trace(
             Scatter(
                 # Plotly reads its own tags in text.
-                x=[str(escape(printable(entry.name))) for entry in members],
+                x=[str(escape(printable(entry.record.created))) for entry in members],
                 y=values,
                 name=str(escape(group)),
                 mode="lines+markers",
-                text=[f"{shown(value)}, {entry.verdict}" for value, entry in zip(values, members, strict=True)],
+                text=[
+                    f"{escape(printable(entry.name))}: {shown(value)}, {entry.verdict}"
+                    for value, entry in zip(values, members, strict=True)
+                ],
                 hovertemplate="%{x}<br>%{text}",
             )
         )
@@ -63,6 +66,6 @@ def _curve(entries: Sequence[Entry], name: str) -> Any:
         title=f"{name}: {figure(name).what}", height=380, template="plotly_white", showlegend=True,
         legend={"orientation": "h", "y": -0.25}, margin={"l": 70, "r": 20, "t": 60, "b": 60},
     )  # fmt: skip
-    drawn.update_xaxes(type="category")
-    drawn.update_yaxes(rangemode="tozero")
+    exact = all(isinstance(value, int) for entry in entries if (value := figure(name).of(entry.record)) is not None)
+    drawn.update_yaxes(rangemode="tozero", tickformat=",d" if exact else "")
     return drawn
