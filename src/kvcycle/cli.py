@@ -41,7 +41,8 @@ def replay(
         loaded = load_profile(profile, parse_overrides(assignments or []))
         run_dir = new_run_dir(report_dir)
         record = run(loaded, run_dir / "record.json", teller(console))
-    files.write(record, record.checks, run_dir)
+    if (problem := files.write_or_say(record, record.checks, run_dir)) is not None:
+        console.print(f"warning: {problem}", markup=False, soft_wrap=True)
     terminal.show(record, record.checks, console)
     noted = reference.run_for(loaded.model_config_json() or {}, loaded.engine.max_total_tokens, loaded.engine.tp_size)
     equal = True

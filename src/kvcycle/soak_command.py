@@ -49,7 +49,8 @@ def soak_command(
         run_dir = new_run_dir(report_dir)
         record = _boot_and_soak(loaded, platform.value, cycles, run_dir / "record.json", console)
     soak_page.write(record, record.checks, run_dir / "soak.html")
-    files.write(record, record.checks, run_dir)
+    if (problem := files.write_or_say(record, record.checks, run_dir)) is not None:
+        console.print(f"warning: {problem}", markup=False, soft_wrap=True)
     terminal.show(record, record.checks, console)
     console.print(f"Reports: {run_dir} (soak.html has the curves)")
     if not passed(list(record.checks)):

@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_written_is_a_line_and_no_lost_run(
     monkeypatch.setattr("kvcycle.report.files.write", full)
     done = run(GOOD)
     assert done.ret == 0
-    assert "warning: the report's files could not be written: [Errno 28] No space left on device" in done.stdout.str()
+    assert "warning: The report's files could not be written: [Errno 28] No space left on device." in done.stdout.str()
 
 
 def test_a_test_that_is_no_check_makes_the_summary_red(run: RunSuite, pytester: pytest.Pytester) -> None:

@@ -40,6 +40,17 @@ def write_without_record(outcome: str, reason: str, folder: Path) -> Path:
     return summary
 
 
+def write_or_say(
+    record: Record, verdicts: Sequence[Verdict], folder: Path, failed_tests: Sequence[FailedTest] = ()
+) -> str | None:
+    """As :func:`write`, at the end of a run that must not be lost for a full disk; returns what went wrong."""
+    try:
+        write(record, verdicts, folder, failed_tests)
+    except OSError as error:
+        return f"The report's files could not be written: {error}."
+    return None
+
+
 def write_killed(record: Record | None, told: str, folder: Path) -> list[str]:
     """Write the files of a run that was killed, and append its summary to the run's page; returns what went wrong."""
     try:
@@ -48,7 +59,7 @@ def write_killed(record: Record | None, told: str, folder: Path) -> list[str]:
         else:
             write_without_record("FAILED", told, folder)
     except OSError as error:
-        return [f"the report's files could not be written: {error}"]
+        return [f"The report's files could not be written: {error}."]
     problem = append_step_summary(folder / SUMMARY)
     return [problem] if problem else []
 

@@ -9,9 +9,10 @@ from itertools import pairwise
 
 from kvcycle.checks import CHECKS, passed
 from kvcycle.checks.generation import thresholds_s
-from kvcycle.record import OUTCOMES, PhaseName, Record, Verdict
+from kvcycle.record import OUTCOMES, PhaseName, Record, Soak, Verdict
 from kvcycle.report.markup import code, plain
 from kvcycle.report.phases import JUDGED, WORST_FIRST, expected_changes, worst
+from kvcycle.report.soak import compilations, growth_sum
 from kvcycle.report.terminal import WHEN, verdict_line
 from kvcycle.text import seconds, signed_bytes
 
@@ -38,6 +39,8 @@ def summary(record: Record, verdicts: Sequence[Verdict], failed_tests: Sequence[
     else:
         parts += [_table_title(record, index), _changes_table(record, verdicts, index)]
         parts += _of_other_cycles(record, verdicts, index)
+    if record.soak is not None:
+        parts.append(_soak_line(record, record.soak))
     parts += _failures(verdicts, failed_tests)
     for number in sorted({*range(min(len(record.cycles), _MAX_CYCLES)), *([index] if index is not None else [])}):
         parts.append(_folded(f"Cycle {number}: every phase", _phases_table(record, number)))
@@ -110,6 +113,12 @@ def _of_other_cycles(record: Record, verdicts: Sequence[Verdict], shown: int) ->
             words = f"passed, with other changes than cycle {shown}"
         told.setdefault(words, []).append(index)
     return [f"{_cycles(indices)}: {words}." for words, indices in told.items()]
+
+
+def _soak_line(record: Record, soak: Soak) -> str:
+    grown = growth_sum(record, soak)
+    growth = f"growth {grown[-1]:+,} B" if grown else "growth not measured"
+    return f"Soak: {len(soak.points):,} of {soak.cycles:,} cycles, {growth}, {compilations(soak):,} compilations."
 
 
 def _failures(verdicts: Sequence[Verdict], failed_tests: Sequence[FailedTest]) -> list[str]:
