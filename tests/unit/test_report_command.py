@@ -199,6 +199,9 @@ def test_the_page_has_the_figures_and_no_record_can_put_a_tag_into_it(runs: Path
     assert "<img src=x" not in page
     assert "<b>bold<" not in page
     assert "alert(2)" in page
+    # In the curves too: a viewer's script makes tags of what is in a figure's text, were it not escaped once more.
+    assert '"name":"[simulated-on-cpu] &lt;img src=x' in page
+    assert "\\u003cimg" not in page
     assert "<script>alert(2)" not in page
 
 
