@@ -1,18 +1,44 @@
-"""A history as a page: one curve for each group of records, in one HTML file that needs no network."""
+"""A history as a page: a curve for each figure and group of records, in one HTML file without scripts or a network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
 
-from kvcycle.report.history import Entry, figure, groups, shown
+from kvcycle.report.history import Entry, Figure, figure, groups, shown
 from kvcycle.text import printable
 
-_CONFIG = {"displaylogo": False}
+#: Of a drawing, in its own units; it is as wide as the page has room for.
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 900.0, 200.0, 140.0, 16.0, 26.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One record in a drawing: where, and what is said of it."""
+
+    x: float
+    y: float
+    said: str
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One figure of one group: its points, and the highest value, to which the axis goes from 0."""
+
+    group: str
+    points: tuple[Point, ...]
+    highest: str
+    first: str
+    last: str
+
+    @property
+    def line(self) -> str:
+        """The points as an SVG polyline takes them."""
+        return " ".join(f"{point.x:.1f},{point.y:.1f}" for point in self.points)
 
 
 def write(entries: Sequence[Entry], figures: Sequence[str], path: Path) -> None:
@@ -21,51 +47,38 @@ def write(entries: Sequence[Entry], figures: Sequence[str], path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from plotly.io import to_html  # takes a third of a second, which no other command should wait for
-
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("kvcycle.report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    curves = [
-        # Plotly's own markup; the records' words in it are escaped below.
-        Markup(
-            to_html(_curve(entries, name), include_plotlyjs=not index, full_html=False, config={"displaylogo": False})
-        )
-        for index, name in enumerate(figures)
+    grouped = groups(entries)
+    drawings = [
+        (name, figure(name).what, [_curve(group, members, figure(name)) for group, members in grouped.items()])
+        for name in figures
     ]
     rows = [
         (group, printable(entry.name), entry.verdict, [shown(figure(name).of(entry.record)) for name in figures])
-        for group, members in groups(entries).items()
+        for group, members in grouped.items()
         for entry in members
     ]
-    page = templates.get_template("history.html").render(figures=figures, curves=curves, rows=rows, count=len(entries))
+    page = templates.get_template("history.html").render(
+        figures=figures, drawings=drawings, rows=rows, count=len(entries), width=_WIDTH, height=_HEIGHT, left=_LEFT,
+        top=_TOP, floor=_HEIGHT - _BOTTOM,
+    )  # fmt: skip
     path.write_text(page, encoding="utf-8")
 
 
-def _curve(entries: Sequence[Entry], name: str) -> Any:
-    from plotly.graph_objects import Figure, Scatter
-
-    drawn: Figure = Figure()
-    for group, members in groups(entries).items():
-        values = [figure(name).of(entry.record) for entry in members]
-        drawn.add_trace(
-            Scatter(
-                # Plotly reads its own tags in text.
-                x=[str(escape(printable(entry.record.created))) for entry in members],
-                y=values,
-                name=str(escape(group)),
-                mode="lines+markers",
-                text=[
-                    f"{escape(printable(entry.name))}: {shown(value)}, {entry.verdict}"
-                    for value, entry in zip(values, members, strict=True)
-                ],
-                hovertemplate="%{x}<br>%{text}",
-            )
+def _curve(group: str, members: Sequence[Entry], chosen: Figure) -> Curve:
+    found = [(entry, value) for entry in members if (value := chosen.of(entry.record)) is not None]
+    highest = max((value for _, value in found), default=0)
+    step = (_WIDTH - _LEFT - 20) / max(1, len(found) - 1)
+    points = tuple(
+        Point(
+            x=_LEFT + 10 + index * step,
+            y=_HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _TOP) * (value / highest if highest else 0),
+            said=f"{printable(entry.name)}: {shown(value)}, {entry.verdict}",
+            failed=entry.verdict == "FAILED",
         )
-    drawn.update_layout(
-        title=f"{name}: {figure(name).what}", height=380, template="plotly_white", showlegend=True,
-        legend={"orientation": "h", "y": -0.25}, margin={"l": 70, "r": 20, "t": 60, "b": 60},
-    )  # fmt: skip
-    exact = all(isinstance(value, int) for entry in entries if (value := figure(name).of(entry.record)) is not None)
-    drawn.update_yaxes(rangemode="tozero", tickformat=",d" if exact else "")
-    return drawn
+        for index, (entry, value) in enumerate(found)
+    )
+    ends = (printable(found[0][0].name), printable(found[-1][0].name)) if found else ("", "")
+    return Curve(group, points, shown(highest), *ends)
