@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from kvcycle import compatibility, reference
-from kvcycle.checks import judge, passed
+from kvcycle.checks import passed
 from kvcycle.command_line import ProfileOption, ReportDirOption, SetOption, sentences, teller
-from kvcycle.errors import KVCycleError
 from kvcycle.faults.command import faults_command
 from kvcycle.plan.command import plan_command
 from kvcycle.profile_file import load_profile, parse_overrides, profile_names
-from kvcycle.record import Record
-from kvcycle.report import page, side_by_side, terminal
+from kvcycle.report import files, side_by_side, terminal
 from kvcycle.report.folder import new_run_dir
+from kvcycle.report_command import compare_command, report_command
 from kvcycle.soak_command import soak_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Validate that a KV cache's HBM can be lent.")
@@ -26,6 +23,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Validate tha
 app.command("plan")(plan_command)
 app.command("faults")(faults_command)
 app.command("soak")(soak_command)
+app.command("report")(report_command)
+app.command("compare")(compare_command)
 
 
 @app.command()
@@ -42,6 +41,8 @@ def replay(
         loaded = load_profile(profile, parse_overrides(assignments or []))
         run_dir = new_run_dir(report_dir)
         record = run(loaded, run_dir / "record.json", teller(console))
+    if (problem := files.write_or_say(record, record.checks, run_dir)) is not None:
+        console.print(f"warning: {problem}", markup=False, soft_wrap=True)
     terminal.show(record, record.checks, console)
     noted = reference.run_for(loaded.model_config_json() or {}, loaded.engine.max_total_tokens, loaded.engine.tp_size)
     equal = True
@@ -50,66 +51,9 @@ def replay(
         console.print(
             "Every difference equals the reference to the byte." if equal else "[bold red]Not as in the reference.[/]"
         )
-    console.print(page.written(run_dir, lambda: page.draw(record, record.checks)), markup=False, soft_wrap=True)
+    console.print(files.where(run_dir), markup=False, soft_wrap=True)
     if not (equal and passed(list(record.checks))):
         raise typer.Exit(1)
-
-
-@app.command()
-def report(
-    path: Annotated[
-        Path | None, typer.Argument(help="a record.json of any run; with --recover the run's folder")
-    ] = None,
-    recover: Annotated[
-        bool, typer.Option("--recover", help="make the JUnit file of a run that was killed (reports/latest)")
-    ] = False,
-) -> None:
-    """Judge a record again and print it; exit code 1 if it does not pass, and always for a run that was killed."""
-    console = terminal.console()
-    with sentences():
-        if recover:
-            _show_recovered(path or Path("reports/latest"), console)
-            raise typer.Exit(1)
-        if path is None:
-            raise KVCycleError("Name the record.json to judge, or --recover [RUN_DIR] for a run that was killed.")
-        loaded = Record.load(path)
-    verdicts = judge(loaded)
-    terminal.show(loaded, verdicts, console)
-    if not passed(verdicts):
-        raise typer.Exit(1)
-
-
-def _show_recovered(run_dir: Path, console: Console) -> None:
-    from kvcycle.report.recover import last_phase, recover
-
-    recovered = recover(run_dir)
-    if recovered.record is not None:
-        terminal.show(recovered.record, recovered.record.checks, console)
-    if recovered.record_error is not None:
-        console.print(recovered.record_error, markup=False, soft_wrap=True)
-    where = f"while {recovered.running} ran" if recovered.running else "after its last test, before its reports"
-    numbers = ", ".join(f"{count} {outcome}" for outcome, count in sorted(recovered.outcomes.items()))
-    console.print(f"The run was killed {where}. {last_phase(recovered.record)}", markup=False, soft_wrap=True)
-    console.print(f"Recovered {recovered.junit}: {numbers}.", markup=False, soft_wrap=True)
-
-
-@app.command()
-def compare(
-    first: Annotated[Path, typer.Argument(help="a record.json: predicted, or of another run")],
-    second: Annotated[Path, typer.Argument(help="the record.json to compare with it")],
-) -> None:
-    """Compare two records phase by phase and device by device, exactly; exit code 1 if they differ."""
-    with sentences():
-        one, two = Record.load(first), Record.load(second)
-        if (reason := side_by_side.comparable(one, two)) is not None:
-            raise KVCycleError(f"{first} and {second} cannot be compared: {reason}.")
-    console = terminal.console()
-    side_by_side.show_comparison(one, two, console)
-    different = side_by_side.differences(one, two)
-    if different:
-        console.print(f"[bold red]DIFFERENT[/] in {len(different)} places")
-        raise typer.Exit(1)
-    console.print("[bold green]EQUAL[/] to the byte, on every device and in every phase that both have")
 
 
 @app.command()

@@ -128,7 +128,7 @@ class Containment:
         logging.getLogger("sgl_jax").addHandler(self.last_words)
         entrypoint._set_envs_and_config = set_envs_and_config
         try:
-            with deadline(deadline_s, lambda: self._boot_took_too_long(deadline_s)):
+            with deadline(deadline_s, lambda: self._boot_took_too_long(deadline_s), "the engine's boot"):
                 yield
         except EngineBootError:
             self.end()

@@ -61,6 +61,7 @@ def run_cycle(
     predicted: KVPrediction | None = None,
     save_to: Path | None = None,
     progress: Progress | None = None,
+    details: Progress | None = None,
 ) -> Record:
     """Run the profile's cycles on an engine and return what was measured; judge it with :func:`kvcycle.judge`.
 
@@ -69,22 +70,34 @@ def run_cycle(
         profile: how many cycles, which prompt, whether to generate.
         predicted: the KV cache's size as :func:`kvcycle.predict.predict` has it; by default the config's arithmetic.
         save_to: a file that holds the record so far after every phase, whatever happens next.
-        progress: called with one line of text whenever something begins that takes time.
+        progress: called with one line of text whenever something begins that takes time, and after every phase.
+        details: called with more: what begins, and the bytes of every device by owner after every phase.
 
     Raises:
         KVCycleError: a step of the cycle could not be done, or did not end within ``timeouts.step_s``; what was
             measured before it is in ``save_to``.
     """
-    return _Run(engine, profile, predicted, save_to, progress or (lambda _line: None)).run()
+    return _Run(engine, profile, predicted, save_to, progress or _silent, details or _silent).run()
+
+
+def _silent(_line: str) -> None:
+    """Tell nobody."""
 
 
 class _Run:
     """The state of one run, and its Record so far."""
 
     def __init__(
-        self, engine: Any, profile: Profile, predicted: KVPrediction | None, save_to: Path | None, progress: Progress
+        self,
+        engine: Any,
+        profile: Profile,
+        predicted: KVPrediction | None,
+        save_to: Path | None,
+        progress: Progress,
+        details: Progress,
     ) -> None:
-        self.engine, self.profile, self.save_to, self.progress = engine, profile, save_to, progress
+        self.engine, self.profile, self.save_to = engine, profile, save_to
+        self.progress, self.details = progress, details
         self.predicted = predicted or predict_by_arithmetic(profile, "cpu" if jax.default_backend() == "cpu" else "tpu")
         self.kv = KVCache(engine)
         self.params2: ParamSet | None = None
@@ -280,6 +293,7 @@ class _Run:
     def _phase(self, name: PhaseName) -> Iterator[Callable[[PhaseInfo], None]]:
         """Time a phase, count its compilations, and sample every witness at its end."""
         index = len(self.phases) - 1
+        self.details(f"cycle {index}: {name} begins")
         began = time.perf_counter()
         span = compiles.Span()
         info: list[PhaseInfo] = []
@@ -300,8 +314,18 @@ class _Run:
             )
         )
         self._save()  # first: what was said to be done is on disk
-        took = seconds(ended - began)
-        self.progress(f"cycle {index}: {name}: {exact_bytes(sample.ledger_bytes_sum)} in use, {took}")
+        self._tell(index, self.phases[-1])
+
+    def _tell(self, index: int, phases: list[Phase]) -> None:
+        """The last of the phases in a line; as details, every device of it."""
+        phase, before = phases[-1], phases[-2] if len(phases) > 1 else None
+        change = f", {phase.ledger_bytes_sum - before.ledger_bytes_sum:+,} B" if before is not None else ""
+        held = exact_bytes(phase.ledger_bytes_sum)
+        self.progress(f"cycle {index}: {phase.name}: {held} in use{change}, {seconds(phase.seconds)}")
+        for use in phase.devices:
+            owners = ", ".join(f"{owner} {size:,} B" for owner, size in use.by_owner.items() if size)
+            allocator = f"; allocator {use.allocator_bytes:,} B" if use.allocator_bytes is not None else ""
+            self.details(f"  device {use.id}: {owners or 'nothing'}{allocator}")
 
     def _sample(self) -> memory.MemorySnapshot:
         # Arrays in reference cycles live until a collection happens to come: the engine leaves some, of a few bytes.

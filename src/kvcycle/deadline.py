@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from kvcycle.errors import KVCycleError, StepTimeoutError
@@ -22,9 +24,27 @@ GRACE_S = 30.0
 unanswered: Callable[[KVCycleError], None] | None = None
 
 
+@dataclass(frozen=True)
+class Wait:
+    """What the main thread is at: the innermost block with a deadline, since when, and how long it may take."""
+
+    what: str
+    seconds: float
+    limit_s: float
+
+
+def waiting() -> Wait | None:
+    """What the main thread is at; None outside of every deadline. For whoever tells of it, on any thread."""
+    running = _running[-1:]  # the main thread may be leaving it
+    if not running:
+        return None
+    clock = running[0]
+    return Wait(clock.what, time.monotonic() - clock.began, clock.limit_s)
+
+
 @contextmanager
-def deadline(limit_s: float, error: Callable[[], KVCycleError]) -> Iterator[None]:
-    """Raise ``error()`` in the ``with`` block if it has not ended after ``limit_s`` seconds.
+def deadline(limit_s: float, error: Callable[[], KVCycleError], what: str = "") -> Iterator[None]:
+    """Raise ``error()`` in the ``with`` block if it has not ended after ``limit_s`` seconds; ``what`` names the block.
 
     A deadline inside another one stops the outer one's clock, which starts anew when the inner one has ended. On
     another thread than the main one, where Python delivers no signals, there is no deadline.
@@ -37,7 +57,7 @@ def deadline(limit_s: float, error: Callable[[], KVCycleError]) -> Iterator[None
         outer.stop()
     handler = signal.getsignal(signal.SIGALRM)  # another's, if this is the outermost: pytest-timeout has one
     before_s, interval_s = signal.setitimer(signal.ITIMER_REAL, 0)
-    clock = _Clock(limit_s, error)
+    clock = _Clock(limit_s, error, what)
     _running.append(clock)
     clock.start()
     try:
@@ -80,7 +100,7 @@ def step_deadline(engine: Any, profile: Profile, what: str) -> Iterator[None]:
             "can only be closed now. If the step just needs longer, allow it more: --kv-set timeouts.step_s=…"
         )
 
-    with deadline(limit_s, error):
+    with deadline(limit_s, error, what):
         yield
 
 
@@ -91,20 +111,21 @@ class _Passed(KeyboardInterrupt):
 class _Clock:
     """The signal for the main thread, and behind it a thread for the case that it does not come through."""
 
-    def __init__(self, limit_s: float, error: Callable[[], KVCycleError]) -> None:
-        self._limit_s, self._error = limit_s, error
+    def __init__(self, limit_s: float, error: Callable[[], KVCycleError], what: str) -> None:
+        self.limit_s, self._error, self.what = limit_s, error, what
+        self.began = time.monotonic()
         self.passed = False
         self._runs = False
         self._stuck: threading.Timer | None = None
 
     def start(self) -> None:
         self._runs = True
-        self._stuck = threading.Timer(self._limit_s + GRACE_S, self._give_up)
+        self._stuck = threading.Timer(self.limit_s + GRACE_S, self._give_up)
         self._stuck.daemon = True
         self._stuck.start()
         signal.signal(signal.SIGALRM, self._raise)
         # Again after as long, should the first be raised where Python swallows it, as in a destructor.
-        signal.setitimer(signal.ITIMER_REAL, self._limit_s, self._limit_s)
+        signal.setitimer(signal.ITIMER_REAL, self.limit_s, self.limit_s)
 
     def stop(self) -> None:
         self._runs = False  # a signal may be on its way still

@@ -13,6 +13,7 @@ from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet
 from kvcycle.record import PHASES, WEIGHTS_PHASES, Record
 from kvcycle.record_info import Params2Info
+from kvcycle.text import exact_bytes
 
 
 @pytest.fixture
@@ -25,7 +26,9 @@ def test_a_cycle_without_generation_passes_and_says_what_was_not_run(
     live_engine: Any, kv: KVCache, brief: kvcycle.Profile, tmp_path: Path
 ) -> None:
     lines: list[str] = []
-    record = kvcycle.run_cycle(live_engine, brief, save_to=tmp_path / "record.json", progress=lines.append)
+    details: list[str] = []
+    path = tmp_path / "record.json"
+    record = kvcycle.run_cycle(live_engine, brief, save_to=path, progress=lines.append, details=details.append)
     verdicts = kvcycle.judge(record)
     assert {v.verdict for v in verdicts} == {"pass", "not-run"}
     assert kvcycle.passed(verdicts)
@@ -33,7 +36,13 @@ def test_a_cycle_without_generation_passes_and_says_what_was_not_run(
     assert record.evidence == "simulated-on-cpu"
     assert [phase.name for phase in record.cycles[0].phases] == [*PHASES, *WEIGHTS_PHASES]
     assert Record.load(tmp_path / "record.json") == record
-    assert any("kv_cache_dropped" in line for line in lines)
+    dropped = record.cycles[0].phases[3]
+    told = f"cycle 0: kv_cache_dropped: {exact_bytes(dropped.ledger_bytes_sum)} in use, -{record.kv.bytes:,} B, "
+    assert [line for line in lines if line.startswith(told)]
+    begins = details.index("cycle 0: kv_cache_dropped begins")
+    weights = dropped.devices[0].by_owner["weights"]
+    assert details[begins + 1].startswith(f"  device 0: weights {weights:,} B, other ")
+    assert not any("device 0" in line or "begins" in line for line in lines)
 
 
 def test_a_second_set_that_does_not_fit_is_a_failed_check_and_the_cache_is_rebuilt(

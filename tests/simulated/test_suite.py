@@ -110,6 +110,8 @@ def test_without_a_tpu_everything_skips_and_says_what_to_do(run_suite: Run, tmp_
     assert set(outcomes(tmp_path)) == {"skipped"}
     assert "no TPU here: run the same tests on virtual devices with --kv-platform cpu" in done.stdout
     assert "--require-tpu" in done.stdout
+    summary = (tmp_path / "latest" / "summary.md").read_text()
+    assert summary.startswith("## kvcycle: NOT RUN\n\nno TPU here: run the same tests on virtual devices with ")
 
 
 def test_require_tpu_makes_that_a_failure(run_suite: Run, tmp_path: Path) -> None:

@@ -155,7 +155,10 @@ def test_a_file_that_is_no_json(data: bytes, why: str, path: Path) -> None:
 def test_a_folder_and_a_file_that_is_not_there(tmp_path: Path, path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert refused(folder) == f"The record {folder} cannot be read: [Errno 21] Is a directory: '{folder}'."
+    inside = folder / "record.json"  # a run's folder stands for its record
+    assert refused(folder) == f"The record {inside} cannot be read: [Errno 2] No such file or directory: '{inside}'."
+    inside.mkdir()
+    assert refused(folder) == f"The record {inside} cannot be read: [Errno 21] Is a directory: '{inside}'."
     assert refused(path) == f"The record {path} cannot be read: [Errno 2] No such file or directory: '{path}'."
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from kvcycle.cli import app
 from kvcycle.errors import RecoveryError
 from kvcycle.record import Record
+from kvcycle.report import files
 from kvcycle.report.recover import COLLECTED, recover
 from tests.unit.records import good_record
 
@@ -104,6 +105,12 @@ def outcome(case: TestCase) -> list[type]:
     return [type(result) for result in case.result]
 
 
+def _shown(case: TestCase, attribute: str) -> str | None:
+    """What the suite's own JUnit file has: pytest counts lines from 0, which fixtures/reporting.py mends."""
+    value = case._elem.get(attribute)
+    return str(int(value) + 1) if attribute == "line" and value is not None else value
+
+
 def test_what_had_ended_is_as_pytest_itself_reports_it(finished: Path, killed: Path) -> None:
     recovered = recover(killed)
     theirs, ours = cases(finished / "junit.xml"), cases(recovered.junit)
@@ -114,6 +121,8 @@ def test_what_had_ended_is_as_pytest_itself_reports_it(finished: Path, killed: P
         assert [r.text for r in ours[name].result if not isinstance(r, Skipped)] == [
             r.text for r in case.result if not isinstance(r, Skipped)
         ]
+        for attribute in ("file", "line"):
+            assert ours[name]._elem.get(attribute) == _shown(case, attribute), name
     assert recovered.outcomes == {"passed": 2, "failure": 2, "skipped": 1, "error": 2}
     assert recovered.running is None
     skipped = ours["test_one|test_skips"].result[0]
@@ -184,8 +193,27 @@ def test_the_record_so_far_is_judged_and_its_last_phase_named(killed: Path) -> N
     assert judged == recovered.record
     assert {v.verdict for v in judged.checks if v.id == "drop.frees_kv"} == {"pass"}
     assert {v.verdict for v in judged.checks} > {"pass"}
+    assert files.write_killed(recovered.record, "The run was killed.", killed) == []
     page = (killed / "index.html").read_text(encoding="utf-8")
     assert "The run ended early. The last phase that was measured is kv_cache_dropped of cycle 0;" in page
+
+
+def test_the_run_has_its_summary_and_the_ci_page_too(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_lines(killed, lines_until(killed, "test_fails", "setup"))
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(killed / "step.md"))
+    good_record().save(killed / "record.json")
+    done = CliRunner().invoke(app, ["report", "--recover", str(killed)])
+    assert done.exit_code == 1
+    summary = (killed / "summary.md").read_text()
+    assert summary.splitlines()[0].startswith("## ❌ FAILED \\[simulated-on-cpu\\] tiny")
+    assert "The run was killed while test_one.py::test_fails ran." in summary
+    assert (killed / "step.md").read_text() == summary + "\n"
+
+
+def test_a_run_without_a_record_says_that_it_was_killed(killed: Path) -> None:
+    assert CliRunner().invoke(app, ["report", "--recover", str(killed)]).exit_code == 1
+    told = "The run was killed after its last test, before its reports. No phase had been measured yet."
+    assert (killed / "summary.md").read_text() == f"## kvcycle: FAILED\n\n{told}\n"
 
 
 def test_a_record_that_is_none_does_not_keep_the_junit_file_from_being_made(killed: Path) -> None:

@@ -8,17 +8,13 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 from kvcycle import host_memory, reference, replay
-from kvcycle.cli import app
 from kvcycle.errors import ProfileError
 from kvcycle.profile_file import load_profile
 from kvcycle.record import DeviceUse, Record
 from kvcycle.report import side_by_side
 from tests.unit.records import good_record
-
-RUNNER = CliRunner()
 
 
 def shifted(record: Record, phase: str, device: int, off: int) -> Record:
@@ -113,24 +109,6 @@ def test_one_byte_on_one_device_is_found_and_named() -> None:
     (difference,) = side_by_side.differences(good_record(), second)
     assert (difference.phase, difference.device, difference.owner) == ("kv_cache_rebuilt", 2, "kv")
     assert difference.off_bytes == 1
-
-
-def test_compare_exits_by_what_it_found(tmp_path: Path) -> None:
-    good_record().save(tmp_path / "a.json")
-    shifted(good_record(), "kv_cache_dropped", 0, 512).save(tmp_path / "b.json")
-    good_record(devices=2).save(tmp_path / "c.json")
-    same = RUNNER.invoke(app, ["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")])
-    assert (same.exit_code, "EQUAL to the byte" in same.output) == (0, True)
-    other = RUNNER.invoke(app, ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
-    assert other.exit_code == 1
-    assert "kv_cache_dropped, device 0, kv:" in other.output
-    assert "+512 B" in other.output
-    fewer = RUNNER.invoke(app, ["compare", str(tmp_path / "a.json"), str(tmp_path / "c.json")])
-    assert fewer.exit_code == 2
-    assert "the first has 4 devices, the second 2" in fewer.output
-    missing = RUNNER.invoke(app, ["compare", str(tmp_path / "a.json"), str(tmp_path / "none.json")])
-    assert missing.exit_code == 2
-    assert "cannot be read" in missing.output
 
 
 def test_the_reference_table_shows_a_difference() -> None:

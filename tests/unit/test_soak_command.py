@@ -38,7 +38,23 @@ def test_a_soak_that_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     done = run(monkeypatch, tmp_path, GOOD)
     assert done.exit_code == 0
     assert "PASSED [simulated-on-cpu] tiny" in done.output
-    assert sorted(path.name for path in (tmp_path / "latest").iterdir()) == ["index.html", "record.json"]
+    assert sorted(path.name for path in (tmp_path / "latest").iterdir()) == [
+        "index.html",
+        "record.json",
+        "summary.md",
+    ]
+    assert "\nSoak: 40 of 40 cycles, growth +0 B, 0 compilations.\n" in (tmp_path / "latest" / "summary.md").read_text()
+
+
+def test_a_summary_that_cannot_be_written_loses_no_soak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kvcycle.report.files.write", full)
+    done = run(monkeypatch, tmp_path, GOOD)
+    assert done.exit_code == 0
+    assert "warning: The report's files could not be written: [Errno 28] No space left on device." in done.output
+    assert "PASSED [simulated-on-cpu] tiny" in done.output
 
 
 def test_a_violation_is_exit_code_1_and_its_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

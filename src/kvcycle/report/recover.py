@@ -31,7 +31,7 @@ from junitparser.junitparser import FinalResult
 from kvcycle.checks import judge
 from kvcycle.errors import RecordError, RecoveryError
 from kvcycle.record import Record
-from kvcycle.report import page
+from kvcycle.report.junit import SUITE_NAME, suite_properties
 
 JUNIT, LOG, RECORD = "junit.xml", "reportlog.jsonl", "record.json"
 #: The type of the line, written by the suite (fixtures/ending.py), that names the tests in the order they run in.
@@ -113,8 +113,10 @@ def recover(run_dir: Path, cause: str = "The run was killed while this test ran.
     record, problem = _judged(run_dir / RECORD)
     running = next((nodeid for nodeid in log.collected if not log.finished(nodeid)), None)
 
-    suite = TestSuite("pytest")
+    suite = TestSuite(SUITE_NAME)
     suite.add_property("kvcycle.recovered", f"made from {LOG}, since the run did not live to write this file")
+    for name, value in (suite_properties(record, record.checks) if record is not None else {}).items():
+        suite.add_property(name, value)
     outcomes: dict[str, int] = {}
     for nodeid in log.collected:
         case, outcome = _case(nodeid, log.reports.get(nodeid, []))
@@ -131,8 +133,6 @@ def recover(run_dir: Path, cause: str = "The run was killed while this test ran.
     temporary = junit.with_name(f".{JUNIT}-recovered")
     whole.write(str(temporary), pretty=True)
     temporary.replace(junit)
-    if record is not None:
-        page.try_to_write(run_dir / page.PAGE, lambda: page.draw(record, record.checks))
     return Recovered(junit, outcomes, running, record, problem)
 
 
@@ -180,7 +180,13 @@ def _case(nodeid: str, reports: list[pytest.TestReport]) -> tuple[TestCase, str]
     module, *names = address.split("::")
     classname = ".".join([module.removesuffix(".py").replace("/", "."), *names[:-1]])
     case = TestCase(f"{names[-1] if names else ''}{bracket}{parameters}", classname)
-    case.time = round(sum(report.duration for report in reports), 3)
+    # As pyproject.toml lets pytest do it: the boot is no part of the first check's time.
+    case.time = round(sum(report.duration for report in reports if report.when == "call"), 3)
+    if reports:
+        file, line, _ = reports[0].location
+        # Attributes that pytest writes, and junitparser has no name for.
+        case._elem.set("file", file)
+        case._elem.set("line", str((line or 0) + 1))
     if reports and reports[-1].user_properties:
         properties = Properties()
         for name, value in reports[-1].user_properties:

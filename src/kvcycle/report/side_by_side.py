@@ -58,28 +58,12 @@ def differences(first: Record, second: Record) -> list[Difference]:
 
 def comparable(first: Record, second: Record) -> str | None:
     """Why the two records cannot be compared; None if they can."""
-    if len(first.devices) != len(second.devices):
+    predicted = "compiled-for-tpu" in (first.evidence, second.evidence)
+    if predicted and len(first.devices) != len(second.devices):
         return f"the first has {len(first.devices)} devices, the second {len(second.devices)}"
     if not shared_phases(first, second):
         return "they have no phase in common"
     return None
-
-
-def show_comparison(first: Record, second: Record, console: Console) -> None:
-    """Print the sums over the devices phase by phase, and every device that differs."""
-    table = Table(title="weights, KV cache and second set, summed over the devices", title_justify="left")
-    table.add_column("phase", no_wrap=True)
-    for heading in (first.evidence, second.evidence, "difference"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name in shared_phases(first, second):
-        a, b = _owned(first, name), _owned(second, name)
-        table.add_row(name, f"{a:,}", f"{b:,}", f"{b - a:+,}" if b != a else "0")
-    console.print(table)
-    for entry in differences(first, second):
-        console.print(
-            f"[bold red]differs[/] {entry.phase}, device {entry.device}, {entry.owner}: {entry.first_bytes:,} and "
-            f"{entry.second_bytes:,} B, {entry.off_bytes:+,} B"
-        )
 
 
 def show_reference(record: Record, reference: Reference, run: ReferenceRun, console: Console) -> bool:
@@ -120,11 +104,6 @@ def show_reference(record: Record, reference: Reference, run: ReferenceRun, cons
 
 def _cycle(record: Record) -> Cycle:
     return record.cycles[0] if record.cycles else Cycle(phases=())
-
-
-def _owned(record: Record, name: PhaseName) -> int:
-    phase = _cycle(record).phase(name)
-    return sum(use.by_owner.get(owner, 0) for use in phase.devices for owner in COMPARED_OWNERS) if phase else 0
 
 
 def _changes(cycle: Cycle, noted: Sequence[PhaseName]) -> dict[PhaseName, int]:

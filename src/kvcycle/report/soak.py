@@ -79,7 +79,7 @@ def buckets(values: Sequence[int], of: Callable[[Sequence[int]], int], width: in
     return [of(values[i * len(values) // count : (i + 1) * len(values) // count]) for i in range(count)]
 
 
-def sparkline(values: Sequence[int]) -> str:
+def sparkline(values: Sequence[float]) -> str:
     """One character for each value, from the lowest of them to the highest."""
     low, high = min(values), max(values)
     if high == low:

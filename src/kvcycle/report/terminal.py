@@ -32,7 +32,7 @@ _JUDGED: dict[PhaseName, str] = {
 LOG_WIDTH = 110
 
 _STYLE = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "not-run": "dim"}
-_WHEN: tuple[tuple[When, str], ...] = (
+WHEN: tuple[tuple[When, str], ...] = (
     ("cold", "cold (first)"),
     ("warm", "warm, median"),
     ("after_rebuild", "after the rebuild, slowest"),
@@ -169,7 +169,7 @@ def _latency_table(record: Record) -> Table:
     table.add_column("when", no_wrap=True)
     for heading in ("seconds", "compilations", "tokens from the prefix cache"):
         table.add_column(heading, justify="right")
-    for when, label in _WHEN:
+    for when, label in WHEN:
         found = record.generates_when(when)
         if not found:
             continue
