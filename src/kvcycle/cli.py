@@ -1,4 +1,4 @@
-"""The command line: plan, replay at full size, plant faults, soak, report and compare records, list what there is."""
+"""The command line: plan, replay at full size, plant faults, soak, run on a TPU VM, report and compare, list."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from kvcycle.record import Record
 from kvcycle.report import side_by_side, terminal
 from kvcycle.report.folder import new_run_dir
 from kvcycle.soak_command import soak_command
+from kvcycle.vm.command import vm_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Validate that a KV cache's HBM can be lent.")
 
 app.command("plan")(plan_command)
 app.command("faults")(faults_command)
 app.command("soak")(soak_command)
+app.add_typer(vm_app, name="vm")
 
 
 @app.command()
