@@ -43,14 +43,14 @@ def _lines(
     yield _line(gcloud.active_account())
     yield _line(gcloud.describe(target, "value(state,health)"))
     yield ""
-    yield "# The pin: of the keys that are offered, those with the given fingerprint. With an empty file nothing connects."
+    yield "# The pin: of the keys that are offered, those with the given fingerprint. With none, nothing connects."
     yield _line(["mkdir", "-p", "-m", "700", str(work)])
     yield _line(["cd", str(source.root)])
     yield f": > {shlex.quote(str(known_hosts))}"
     for worker in job.workers:
         yield from _pin(target, worker, pins, known_hosts)
     yield ""
-    yield "# gcloud makes the SSH key if there is none, and hands it to the VM. Nothing connects yet; 'user' is who you are there."
+    yield "# gcloud makes the SSH key if there is none, and hands it to the VM. It prints your user there."
     yield _line(gcloud.introduce(target, job.workers[0]))
     yield ""
     yield f"# The code: commit {source.revision}."

@@ -10,14 +10,7 @@ from kvcycle.vm.gcloud import Target
 from kvcycle.vm.shell import Done
 
 #: gcloud's progress, which says nothing about a failure.
-_NOISE = (
-    "Using ssh batch size",
-    "Using scp batch size",
-    "SSH: Attempting",
-    "SCP: Attempting",
-    "Retrying: ",
-    "kvcycle-",
-)
+_NOISE = ("Using ssh batch size", "Using scp batch size", "SSH: Attempting", "SCP: Attempting", "Retrying: ")
 _SHOWN_LINES = 6
 #: The exit code of ssh, and so of gcloud, for a connection that did not come about or broke.
 CONNECTION_FAILED = 255
@@ -47,8 +40,8 @@ def _cause(done: Done, target: Target, worker: int, pins: Sequence[str]) -> str:
         return f"there is no TPU VM {target.name} in zone {target.zone} of project {target.project}. See {listed}"
     if "Permission denied (publickey" in text:
         return (
-            f"the VM takes no connection from {target.user or 'this user'} with the key {target.key_file}. A new key may "
-            "need a minute; another user is given with --user, another key with --ssh-key-file."
+            f"the VM takes no connection from {target.user or 'this user'} with the key {target.key_file}. A new key "
+            "may need a minute; another user is given with --user, another key with --ssh-key-file."
         )
     if done.code == CONNECTION_FAILED:
         return (

@@ -103,7 +103,7 @@ def keyscan(host: str) -> list[str]:
 
 
 def introduce(target: Target, worker: int) -> list[str]:
-    """Lets gcloud make the SSH key, hand it to the VM and choose the user; ``ssh -G`` prints that and connects nowhere."""
+    """Lets gcloud make the SSH key, hand it to the VM choose a user; ``ssh -G`` prints that and connects nowhere."""
     command = [*_tpu_vm(target, "ssh"), target.address, *target.where, "--quiet", f"--worker={worker}", *_route(target)]
     return [*command, f"--ssh-key-file={target.key_file.expanduser()}", "--ssh-flag=-G", "--command=true"]
 

@@ -103,7 +103,7 @@ def refusal(offered: Sequence[str], pins: Sequence[str], target: gcloud.Target, 
     else:
         first = f"No host key is pinned, and nothing was sent to {host} which offered {shown}."
     return (
-        f"{first} Do not take the fingerprint from this connection. Google's API has what the VM published at its boot:\n"
+        f"{first} Do not take the fingerprint from this connection. Google's API has what the VM published at boot:\n"
         f"  {fingerprint_command(target, worker)}\n"
         "Whoever is on the VM already reads it there: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub\n"
         "Give it with --host-key SHA256:…, once for each host."

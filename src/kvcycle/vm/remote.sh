@@ -215,7 +215,7 @@ stop() { # term|kill: end the run that lives; with TERM the suite writes its rep
         return
     fi
     pid=$(cat "$base/runs/$id/pid")
-    if [ "$1" = kill ]; then kill -KILL -- "-$pid"; else kill -TERM "$pid"; fi
+    if [ "$1" = kill ]; then kill -s KILL -- "-$pid"; else kill -TERM "$pid"; fi
     if flock -w 60 "$lock" true; then echo "stopped $id"; else echo "living $id"; fi
 }
 

@@ -201,7 +201,7 @@ class VMRun:
             time.sleep(RECONNECT_WAIT_S)
 
     def _collect(self, worker: int, folder: Path, end: End) -> bool:
-        """Bring the reports, and return whether they came; if not, that is said, and the suite's exit code still counts."""
+        """Bring the reports, and return whether they came: without them a pass has no evidence, and is none."""
         try:
             if not self._bring_reports(worker, folder):
                 self.session.say(f"worker {worker}: the suite left no reports; {folder} has its log")

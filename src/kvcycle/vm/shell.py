@@ -93,8 +93,11 @@ class Shell:
         finally:
             if enough:
                 _end(process)
+            process.stdout.close()
             code = process.wait()
-            reader.join(timeout=5)  # a process that outlived it may hold the pipe open
+            reader.join(timeout=5)
+            if not reader.is_alive():  # else a process that outlived the command holds the pipe open
+                process.stderr.close()
             self._live.discard(process)
         return Done(0 if enough else code, b"".join(output).decode(errors="replace"), tuple(kept))
 
