@@ -5,8 +5,9 @@ from __future__ import annotations
 import getpass
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -75,12 +76,12 @@ def run_command(
 ) -> None:
     """Bring this commit to a TPU VM, run the suite there, stream its log, bring its reports, exit as it did."""
     shell, console = Shell(), terminal.console()
-    with _outcome(shell):
+    with _outcome(shell), ExitStack() as cleanup:
         target = _target(name, zone, project, user, ssh_key_file, internal_ip, tunnel_through_iap)
         pins = host_key.parse_pins(host_keys or [])
         token = _token() if send_hf_token else None
         further = list(arguments or [])
-        work = work_folder(target)
+        work = cleanup.enter_context(_scratch(work_folder(target), keep=print_only))
         source = find_source(shell, Path.cwd(), work, allow_dirty=allow_dirty)
         job = _job(source, stack, conda_env, profile, further)
         if print_only:
@@ -126,11 +127,11 @@ def stop_command(
 ) -> None:
     """End the run that lives on a TPU VM; its suite writes its reports first. The VM itself is left alone."""
     shell, console = Shell(), terminal.console()
-    with _outcome(shell):
+    with _outcome(shell), ExitStack() as cleanup:
         target = _target(name, zone, project, user, ssh_key_file, internal_ip, tunnel_through_iap)
-        session = Session(
-            target, worker, host_key.parse_pins(host_keys or []), shell, teller(console), work_folder(target)
-        )
+        pins = host_key.parse_pins(host_keys or [])
+        work = cleanup.enter_context(_scratch(work_folder(target), keep=False))
+        session = Session(target, worker, pins, shell, teller(console), work)
         session.open()
         living = []
         for index in session.workers:
@@ -165,6 +166,16 @@ def _outcome(shell: Shell) -> Iterator[None]:
         raise
     finally:
         shell.close()
+
+
+@contextmanager
+def _scratch(folder: Path, *, keep: bool) -> Iterator[Path]:
+    """The VM's folder itself, where what is pasted finds its files; or one in it that lives as long as this process."""
+    if keep:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+        yield Path(scratch)
 
 
 def _target(

@@ -17,8 +17,8 @@ from typing import Any
 
 from kvcycle.vm.remote import BASE
 
-ROOT = Path(__file__).parents[2]
-GCLOUD = Path(__file__).with_name("vm_gcloud.py")
+ROOT = Path(__file__).parents[3]
+GCLOUD = Path(__file__).with_name("gcloud.py")
 NAME, ZONE, PROJECT, USER = "my-tpu", "us-central2-b", "my-project", "tester"
 STACK = "sglang-jax-0.1.0rc0"
 
@@ -62,6 +62,24 @@ def test_of_the_suite(request, capfd):
                 time.sleep(0.02)
         print("the last line", flush=True)
     assert "fail" not in (request.config.getoption("--kv-set") or [])
+"""
+
+#: A python whose pip installs nothing and says so: it is content once it has "installed", or fails with ``~/pip-says``.
+PYTHON = f"""#!/bin/sh
+case "$1 $2" in
+"-m venv")
+    mkdir -p "$3/bin"
+    cp "$0" "$3/bin/python"
+    exit ;;
+"-m pip")
+    case " $* " in *" --no-index "*) [ -e "$0.ready" ]; exit ;; esac
+    echo "pip $*" >>"$HOME/pip-calls"
+    if [ -e "$HOME/pip-says" ]; then cat "$HOME/pip-says" >&2; exit 1; fi
+    echo "Collecting jax==0.10.2"
+    : >"$0.ready"
+    exit ;;
+esac
+exec "{sys.executable}" "$@"
 """
 
 
@@ -138,6 +156,12 @@ class StandIn:
     def runs(self, worker: int = 0) -> list[Path]:
         return sorted((self.home(worker) / BASE / "runs").glob("*"))
 
+    def real_python(self) -> None:
+        """Let the conda environment be this test's own, pip and all."""
+        for worker in range(self.hosts):
+            python = self.home(worker) / "miniconda3" / "envs" / "sglang-jax" / "bin" / "python"
+            self._executable(python, f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+
     def end_what_lives(self) -> None:
         for worker in range(self.hosts):
             for run in self.runs(worker):
@@ -146,13 +170,11 @@ class StandIn:
                         os.killpg(int((run / "pid").read_text()), signal.SIGKILL)
 
     def _environment(self, home: Path) -> None:
-        """A conda whose environment is this test's python, with a pip that is content unless ``pip-says`` is there."""
+        """A conda whose environment is ready, and a python to make a virtual environment with, which is then empty."""
         python = home / "miniconda3" / "envs" / "sglang-jax" / "bin" / "python"
-        self._executable(
-            python,
-            f'#!/bin/sh\nif [ "$1 $2" = "-m pip" ]; then\n  cat "$HOME/pip-says" >&2 2>/dev/null\n'
-            f'  [ ! -e "$HOME/pip-says" ]\n  exit\nfi\nexec "{sys.executable}" "$@"\n',
-        )
+        self._executable(python, PYTHON)
+        python.with_name("python.ready").touch()
+        self._executable(home / "system" / "python3.13", PYTHON)
         self._executable(
             home / "miniconda3" / "bin" / "conda",
             f'#!/bin/sh\ncase "$*" in\n"run -n sglang-jax "*) echo "{python}" ;;\n'
@@ -189,15 +211,23 @@ def small_repository(folder: Path) -> Path:
         (folder / path).write_text(text)
     (folder / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "guard.py", folder / "scripts")
+    find = folder / "scripts" / "find-python.sh"
+    find.write_text(
+        '#!/bin/sh\nif [ -e "$HOME/system" ]; then echo "$HOME/system/python3.13"; else\n'
+        'echo "No working Python 3.13 or 3.12 was found" >&2; exit 1; fi\n'
+    )
+    find.chmod(0o755)
     commit(folder)
     return folder
 
 
-def this_repository(folder: Path) -> Path:
-    """The project as it lies here, as a repository of one commit."""
+def this_repository(folder: Path, changes: dict[Path, str] | None = None) -> Path:
+    """The project as it lies here, as a repository of one commit, with files that have another text."""
     for name in ("src", "tests", "fixtures", "profiles", "constraints", "scripts"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("conftest.py", "pyproject.toml", "README.md", ".gitignore"):
         shutil.copy(ROOT / name, folder)
+    for path, text in (changes or {}).items():
+        (folder / path).write_text(text)
     commit(folder)
     return folder

@@ -1,9 +1,9 @@
 """A stand-in for gcloud (and ssh-keyscan) that carries everything out in local folders: one is a VM's home.
 
 It takes the options that the real one takes and refuses others; it is as strict with the host's key as OpenSSH; it runs
-commands with bash and copies files. Faults are planted by :class:`tests.unit.vm_machine.StandIn`.
+commands with bash and copies files. Faults are planted by :class:`tests.unit.vm.machine.StandIn`.
 
-Run as: vm_gcloud.py STATE_FOLDER TOOL [ARGUMENT...]
+Run as: gcloud.py STATE_FOLDER TOOL [ARGUMENT...]
 """
 
 from __future__ import annotations
