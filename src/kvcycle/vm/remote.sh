@@ -118,6 +118,13 @@ start() { # RUN IDENTITY STACK CONDA_ENV|- WORKER WORKERS TOKEN_FILE|- PYTEST_AR
     printf '%s\n' "$1" >"$base/current"
     printf '%s\n' "$2" >"$run/identity.new"
     nohup setsid sh "$0" supervise "$@" >>"$run/$1.log" 2>&1 </dev/null &
+    # It notes its process once it has a session of its own: until then the end of this connection could take it along.
+    tries=0
+    while [ ! -s "$run/pid" ]; do
+        tries=$((tries + 1))
+        [ $tries -le 600 ] || refuse 1 "The suite did not start within half a minute: $(tail -n 3 "$run/$1.log")"
+        sleep 0.05
+    done
     mv "$run/identity.new" "$run/identity"
     echo "started $1"
 }

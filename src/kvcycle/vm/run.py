@@ -183,7 +183,7 @@ class VMRun:
             if stream.end is not None:
                 return stream.end
             if done.code == remote.NO_RUN or "Host key verification failed" in "\n".join(done.stderr):
-                raise VMError(
+                raise VMRunLostError(
                     explain.failure("Following the run", done, self.session.target, worker, self.session.pins)
                 )
             attempts = 1 if stream.offset > before else attempts + 1

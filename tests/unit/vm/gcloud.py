@@ -13,8 +13,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -154,18 +156,34 @@ def ssh(state: Path, vm: dict[str, Any], args: argparse.Namespace) -> NoReturn:
     machine = {"HOME": str(home), "PATH": f"{home}/miniconda3/bin:{os.environ['STAND_IN_PATH']}", "USER": vm["user"]}
     machine |= vm["environment"]
     command = ["bash", "-c", args.command]
+    process = begin(command, home, machine)
     if fault is not None and "drop_after_bytes" in fault:
-        process = subprocess.Popen(command, cwd=home, env=machine, stdout=subprocess.PIPE, start_new_session=True)
         assert process.stdout is not None
         sys.stdout.buffer.write(process.stdout.read(fault["drop_after_bytes"]))
         sys.stdout.flush()
-        process.kill()  # the connection's own process on the VM; what was detached from it lives on
-        process.stdout.close()
+        end_session(process)
         print("client_loop: send disconnect: Broken pipe", file=sys.stderr)
         if not fault.get("repeated"):
             leave(255, "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255].")
         print("Retrying: SSH command error: [/usr/bin/ssh] exited with return code [255].", file=sys.stderr)
-    sys.exit(subprocess.run(command, cwd=home, env=machine, check=False).returncode)
+        process = begin(command, home, machine)
+    for line in process.stdout or ():
+        sys.stdout.buffer.write(line)
+        sys.stdout.flush()
+    code = process.wait()
+    end_session(process)
+    sys.exit(code)
+
+
+def begin(command: list[str], home: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, start_new_session=True)
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """The end of a connection takes along what it started, as systemd may do; what was detached from it lives on."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def scp(state: Path, vm: dict[str, Any], args: argparse.Namespace) -> NoReturn:
@@ -178,6 +196,8 @@ def scp(state: Path, vm: dict[str, Any], args: argparse.Namespace) -> NoReturn:
         leave(fault["code"], fault["stderr"])
     there = state / f"home-{args.worker}" / path
     if remote is target:
+        if path.endswith("hf-token") and Path(source).stat().st_mode & 0o777 != 0o600:
+            leave(2, "stand-in: others here can read this secret")
         shutil.copy(source, there)  # with its mode
     elif args.recurse and there.is_dir():
         shutil.copytree(there.resolve(), Path(target, there.name))

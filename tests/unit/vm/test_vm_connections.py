@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tests.unit.vm.client import (
     vm_stop,
     wait_for,
 )
-from tests.unit.vm.machine import NAME, PROJECT, ZONE, StandIn
+from tests.unit.vm.machine import NAME, PROJECT, ZONE, StandIn, fingerprint, host_key
 
 
 def test_a_vm_that_does_not_answer(machine: StandIn) -> None:
@@ -49,6 +50,14 @@ def test_a_connection_that_breaks_loses_nothing(machine: StandIn, repeated: bool
         assert "the run goes on there. Connecting again, attempt 1 of 5." in done.output
 
 
+def test_a_run_that_is_slow_to_detach_is_not_taken_along_by_its_connection(machine: StandIn) -> None:
+    slow = machine.home() / "miniconda3" / "bin" / "setsid"  # first on the VM's PATH
+    slow.write_text(f'#!/bin/sh\nsleep 0.5\nexec {shutil.which("setsid")} "$@"\n')
+    slow.chmod(0o755)
+    done = vm_run(machine)
+    assert done.exit_code == 0, done.output
+
+
 def test_a_connection_that_stays_broken_and_the_same_command_later(machine: StandIn) -> None:
     machine.plant({"verb": "ssh", "match": "follow", "code": 255, "stderr": "Connection refused", "times": 3})
     done = vm_run(machine, "--reconnects=2")
@@ -66,6 +75,19 @@ def test_a_connection_that_stays_broken_and_the_same_command_later(machine: Stan
     )
     assert machine.runs() == [run]
     assert numbered(log_of(report_folder(machine))) == list(range(400))
+
+
+def test_another_host_that_answers_later_is_not_followed(machine: StandIn) -> None:
+    offered = fingerprint(host_key(7))
+    said = f"The fingerprint for the ED25519 key sent by the remote host is\n{offered}.\nHost key verification failed."
+    machine.plant({"verb": "ssh", "match": "follow", "code": 255, "stderr": said})
+    done = vm_run(machine)
+    assert done.exit_code == 125, done.output
+    assert (
+        "Following the run failed on my-tpu, worker 0: my-tpu, worker 0, is not the host that is pinned" in done.stderr
+    )
+    assert f"It offered {offered}; pinned: {machine.vm['fingerprints'][0]}." in done.stderr
+    assert len(machine.calls(" follow ")) == 1
 
 
 def test_a_run_whose_reports_came_is_not_brought_twice(machine: StandIn) -> None:
