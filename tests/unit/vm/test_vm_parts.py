@@ -89,12 +89,12 @@ def test_a_run_without_an_exit_code_has_ended_all_the_same() -> None:
 
 
 def test_the_connection_is_pinned_and_gclouds_own_options_are_left_away() -> None:
-    command = gcloud.ssh(TARGET, 2, Path("/work/known_hosts"), "whoami; date")
+    command = gcloud.ssh(TARGET, 2, Path("/own/known_hosts"), "whoami; date")
     assert command[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "root@my-tpu"]
     for word in (
         "--plain",  # or gcloud's known_hosts file, which comes first, would be the one that counts
         "--worker=2",
-        "--ssh-flag=-oUserKnownHostsFile=/work/known_hosts",
+        "--ssh-flag=-oUserKnownHostsFile=/own/known_hosts",
         "--ssh-flag=-oGlobalKnownHostsFile=/dev/null",
         "--ssh-flag=-oStrictHostKeyChecking=yes",
         "--ssh-flag=-oHostKeyAlias=kvcycle-my-tpu-2",
@@ -110,7 +110,7 @@ def test_the_connection_is_pinned_and_gclouds_own_options_are_left_away() -> Non
 )
 def test_the_route_is_in_every_connection(route: Route, track: list[str], flag: str | None) -> None:
     target = Target("my-tpu", "us-central2-b", "my-project", "root", route)
-    here, there = Path("/work/a"), "kvcycle-vm/b"
+    here, there = Path("/own/a"), "kvcycle-vm/b"
     for command in (
         gcloud.introduce(target, 0),
         gcloud.ssh(target, 0, here, "true"),
