@@ -1,4 +1,4 @@
-"""The command line: plan, replay at full size, plant faults, soak, report and compare records, list what there is."""
+"""The command line: plan, replay at full size, plant faults, soak, run on a TPU VM, report and compare, list."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kvcycle.report import files, side_by_side, terminal
 from kvcycle.report.folder import new_run_dir
 from kvcycle.report_command import compare_command, report_command
 from kvcycle.soak_command import soak_command
+from kvcycle.vm.command import vm_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Validate that a KV cache's HBM can be lent.")
 
@@ -25,6 +26,7 @@ app.command("faults")(faults_command)
 app.command("soak")(soak_command)
 app.command("report")(report_command)
 app.command("compare")(compare_command)
+app.add_typer(vm_app, name="vm")
 
 
 @app.command()

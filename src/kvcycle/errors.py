@@ -100,3 +100,11 @@ class RecordError(KVCycleError):
 
 class RecoveryError(KVCycleError):
     """A run's folder from which no JUnit file can be made, or none needs to be."""
+
+
+class VMError(KVCycleError):
+    """A step on a TPU VM was refused or failed before the suite was started there."""
+
+
+class VMRunLostError(VMError):
+    """The suite was started on a TPU VM, and how it ended is not known here."""
