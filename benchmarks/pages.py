@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import resource
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -57,6 +57,16 @@ class Region:
         self._map.close()
 
 
-def faults() -> int:
-    """Pages that the system has mapped into this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+class Used(NamedTuple):
+    """What this process has used so far."""
+
+    #: Pages that the system has mapped into it.
+    faults: int
+    user_s: float
+    system_s: float
+
+
+def used() -> Used:
+    """What this process, all its threads, has used so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return Used(usage.ru_minflt, usage.ru_utime, usage.ru_stime)

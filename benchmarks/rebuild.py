@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import kvcycle
 from benchmarks import engines
 from benchmarks.measure import Way, in_turn, load, seconds_of
-from benchmarks.pages import TITLES, PageState, Region, faults
+from benchmarks.pages import TITLES, PageState, Region, used
 from benchmarks.results import Figure, Scenario, Target
 from benchmarks.sizes import Sizes
 from benchmarks.stats import differences, ratios
@@ -20,7 +21,6 @@ from kvcycle import compiles, inband, internals
 from kvcycle.text import exact_bytes
 
 _PAGE_BYTES = 4096
-_MS = 1000.0
 
 
 def run(sizes: Sizes, pages: PageState) -> Scenario:
@@ -59,7 +59,10 @@ class _Ways:
         self.drops: list[float] = []
         self.deletes: list[float] = []
         self.unmaps: list[float] = []
+        #: Where a rebuild's time goes: pages mapped meanwhile, in percent of its own, and processor time.
         self.faults: list[float] = []
+        self.user_s: list[float] = []
+        self.system_s: list[float] = []
         self.compiles: list[int] = []
         self.compiles_elsewhere = 0
         self.first_s = 0.0
@@ -78,17 +81,20 @@ class _Ways:
         if self.pages != "huge":
             ways |= {"own loop": self.own_loop, "fresh jit": self.fresh_jit}
         in_turn(ways, 1)
-        for noted in (self.drops, self.deletes, self.unmaps, self.faults):
+        for noted in (self.drops, self.deletes, self.unmaps, self.faults, self.user_s, self.system_s):
             noted.clear()
         self.seconds = in_turn(ways, rounds)
 
     def rebuild(self) -> float:
         """kvcycle's: drop, and the seconds of the rebuild."""
         self.drops.append(seconds_of(self.kv.drop))
-        before = faults()
+        before = used()
         with compiles.counting() as span:
             seconds = seconds_of(self.kv.rebuild)
-        self.faults.append((faults() - before) * _PAGE_BYTES / self.kv.bytes * 100)
+        after = used()
+        self.faults.append((after.faults - before.faults) * _PAGE_BYTES / self.kv.bytes * 100)
+        self.user_s.append(after.user_s - before.user_s)
+        self.system_s.append(after.system_s - before.system_s)
         self.compiles.append(span.compiles.trace + span.compiles.lower + span.compiles.backend)
         return seconds
 
@@ -148,7 +154,7 @@ def _figures(found: list[_Ways], boots: list[float], pages: PageState) -> list[F
     rebuilds, target = rounds("rebuild"), pages in ("default", "mapped")
     limit = "fill by one thread" if target else "fill of fresh pages, 1 thread"
     figures = [
-        Figure(name="rebuild", unit="ms", rounds=tuple(s * _MS for s in rebuilds)),
+        Figure(name="rebuild", unit="ms", rounds=_ms(rebuilds)),
         Figure(
             name=f"rebuild ÷ {limit}",
             unit="x",
@@ -186,7 +192,11 @@ def _figures(found: list[_Ways], boots: list[float], pages: PageState) -> list[F
             ),
             Figure(name="first rebuild ÷ later ones", unit="x", rounds=ratios([ways.first_s for ways in found], later)),
         ]
-    figures.append(Figure(name="pages mapped anew by a rebuild", unit="%", rounds=_all(found, "faults")))
+    figures += [
+        Figure(name="pages mapped anew by a rebuild", unit="%", rounds=_all(found, "faults")),
+        Figure(name="a rebuild's processor time: user", unit="ms", rounds=_ms(_all(found, "user_s"))),
+        Figure(name="system (mapping pages)", unit="ms", rounds=_ms(_all(found, "system_s"))),
+    ]
     figures.append(
         Figure(
             name="compilations in a rebuild",
@@ -203,18 +213,22 @@ def _figures(found: list[_Ways], boots: list[float], pages: PageState) -> list[F
 
 def _drop_figures(found: list[_Ways]) -> list[Figure]:
     """Every drop against a deletion of as many arrays in the same round: what is left is not the system's unmapping."""
-    figures = [Figure(name="drop", unit="ms", rounds=tuple(s * _MS for s in _all(found, "drops")))]
+    figures = [Figure(name="drop", unit="ms", rounds=_ms(_all(found, "drops")))]
     unmaps, deletes = _all(found, "unmaps"), _all(found, "deletes")
     if unmaps:
-        figures.append(Figure(name="unmapping as much, by itself", unit="ms", rounds=tuple(s * _MS for s in unmaps)))
+        figures.append(Figure(name="unmapping as much, by itself", unit="ms", rounds=_ms(unmaps)))
     if deletes:
         # Two other ways a round, each with a deletion.
         halves = [statistics.fmean(deletes[i : i + 2]) for i in range(0, len(deletes), 2)]
-        more = differences(figures[0].rounds, [s * _MS for s in halves])
+        more = differences(figures[0].rounds, _ms(halves))
         figures.append(
             Figure(name="drop - deleting as much", unit="ms", rounds=more, target=Target(sense="at most", limit=5.0))
         )
     return figures
+
+
+def _ms(seconds: Sequence[float]) -> tuple[float, ...]:
+    return tuple(one * 1000 for one in seconds)
 
 
 def _all(found: list[_Ways], name: str) -> tuple[float, ...]:
