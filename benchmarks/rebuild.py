@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -79,11 +79,15 @@ class _Ways:
         else:
             ways["fill"] = self.fresh_fill
         if self.pages != "huge":
-            ways |= {"own loop": self.own_loop, "fresh jit": self.fresh_jit}
+            ways["own loop"] = self.own_loop
+        if self.region is not None:
+            ways["fresh jit"] = self.fresh_jit
         in_turn(ways, 1)
         for noted in (self.drops, self.deletes, self.unmaps, self.faults, self.user_s, self.system_s):
             noted.clear()
         self.seconds = in_turn(ways, rounds)
+        if self.region is not None:
+            self.region.unmap()  # the next engine has its own
 
     def rebuild(self) -> float:
         """kvcycle's: drop, and the seconds of the rebuild."""
@@ -101,10 +105,17 @@ class _Ways:
     def own_loop(self) -> float:
         """The engine's: what its pool was made with, which calls one jitted allocator for each layer."""
         held = self.pool.kv_buffer
+
+        def allocate() -> list[Any]:
+            self.pool._create_buffers()
+            return list(self.pool.kv_buffer)
+
         try:
-            return self._other_way(lambda: (self.pool._create_buffers(), self.pool.kv_buffer)[1])
+            seconds, deleted_s = self._other_way(allocate)
         finally:
             self.pool.kv_buffer = held  # the slots are this list's
+        self.deletes.append(deleted_s)
+        return seconds
 
     def fresh_jit(self) -> float:
         """A jit for each layer, as engines do that build their buffers as at the start; counted, to see it compile."""
@@ -117,7 +128,7 @@ class _Ways:
             ]
 
         with compiles.counting() as span:
-            seconds = self._other_way(allocate)
+            seconds, _ = self._other_way(allocate)
         self.compiles_elsewhere = span.compiles.backend
         return seconds
 
@@ -133,8 +144,8 @@ class _Ways:
         self.unmaps.append(seconds_of(regions[0].unmap))
         return seconds
 
-    def _other_way(self, allocate: Any) -> float:
-        """On the scheduler's thread as a rebuild, while dropped; what it allocates is deleted, and its time noted."""
+    def _other_way(self, allocate: Callable[[], list[Any]]) -> tuple[float, float]:
+        """While dropped, on the scheduler's thread as a rebuild: seconds of allocating, and of deleting it again."""
         arrays: list[Any] = []
 
         def fill() -> None:
@@ -142,9 +153,9 @@ class _Ways:
             jax.block_until_ready(arrays)
 
         with self.kv.released():
-            seconds = seconds_of(lambda: self.channel.call(fill, at="now"))
-            self.deletes.append(seconds_of(lambda: self.channel.call(lambda: engines.delete(arrays))))
-        return seconds
+            seconds = seconds_of(lambda: self.channel.call(fill))
+            deleted_s = seconds_of(lambda: self.channel.call(lambda: engines.delete(arrays)))
+        return seconds, deleted_s
 
 
 def _figures(found: list[_Ways], boots: list[float], pages: PageState) -> list[Figure]:
@@ -218,9 +229,7 @@ def _drop_figures(found: list[_Ways]) -> list[Figure]:
     if unmaps:
         figures.append(Figure(name="unmapping as much, by itself", unit="ms", rounds=_ms(unmaps)))
     if deletes:
-        # Two other ways a round, each with a deletion.
-        halves = [statistics.fmean(deletes[i : i + 2]) for i in range(0, len(deletes), 2)]
-        more = differences(figures[0].rounds, _ms(halves))
+        more = differences(figures[0].rounds, _ms(deletes))
         figures.append(
             Figure(name="drop - deleting as much", unit="ms", rounds=more, target=Target(sense="at most", limit=5.0))
         )
