@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -49,6 +50,7 @@ def main(
     report_dir: ReportDirOption = Path("reports/bench"),
 ) -> None:
     """Measure the rebuild and what the suite costs, as ratios of things run in turn in one process."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     console = make_console()
     say = teller(console)
     with sentences():
@@ -96,11 +98,21 @@ def _run(name: str, scale: Scale, run_dir: Path) -> Scenario:
         if variable not in pages.ENVIRONMENT[SCENARIOS[name][1]]:
             environment.pop(variable, None)
     command = [sys.executable, str(_ROOT / "scripts" / "guard.py"), sys.executable, "-m", "benchmarks.one"]
-    with log.open("wb") as output:
-        code = subprocess.run(
-            [*command, name, scale, str(file.resolve())], cwd=_ROOT, env=environment, stdout=output,
-            stderr=subprocess.STDOUT, check=False,
-        ).returncode  # fmt: skip
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [*command, name, scale, str(file.resolve())],
+            cwd=_ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()  # the guard hands it on: nothing is left that measures on
+            raise
     if code or not file.is_file():
         with log.open(encoding="utf-8", errors="replace") as lines:
             words = "".join(deque(lines, _LAST_WORDS))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +164,28 @@ def test_a_scenario_that_fails_is_told_with_its_last_words(tmp_path: Path, monke
     assert ended.exit_code == 2
     assert "The scenario broken ended with exit code 1. Its last words, of " in ended.output
     assert "KeyError: 'broken'" in ended.output
+
+
+def test_an_interrupted_run_leaves_nothing_that_measures_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    class Process(contextlib.AbstractContextManager["Process"]):
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            ended.append("awaited")
+
+        def wait(self) -> int:
+            raise KeyboardInterrupt
+
+        def terminate(self) -> None:
+            ended.append("terminated")
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        command._run("curves", "small", tmp_path)
+    assert ended == ["terminated", "awaited"]
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
