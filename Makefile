@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python scripts/guard.py $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo replay faults soak test matrix mutants lint format constraints clean FORCE
+.PHONY: help demo replay faults soak bench test matrix mutants lint format constraints clean FORCE
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ faults: $(STAMP) ## Plant every fault into a live engine and see each caught by 
 
 soak: $(STAMP) ## Run CYCLES=1000 cycles on one engine (tiny model, virtual CPU devices): nothing may grow or compile
 	$(BIN)/python scripts/guard.py $(BIN)/kvcycle soak --cycles $(CYCLES) $(ARGS)
+
+bench: $(STAMP) ## Measure the rebuild, and what the suite costs, as ratios (about 10 minutes; keep the machine quiet)
+	$(BIN)/python scripts/guard.py $(BIN)/python -m benchmarks $(ARGS)
 
 test: lint ## Lint, check types and run every test that needs no TPU
 	$(PYTEST) -m "not tpu and not long" --junitxml=reports/tests$(VENV:.venv%=%)/junit.xml $(ARGS)

@@ -7,9 +7,7 @@ which follows on CPU.
 
 from __future__ import annotations
 
-import threading
 import time
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +17,10 @@ import psutil
 
 from kvcycle.record import OWNERS, DeviceUse, Owner
 
-#: (device id, buffer address, bytes) of every shard of one array.
-_Shards = tuple[tuple[int, int, int], ...]
+#: Where a shard's buffer is: (device id, address).
+_Place = tuple[int, int]
+#: Place and bytes of every shard of one array.
+_Shards = tuple[tuple[_Place, int], ...]
 
 
 @dataclass(frozen=True)
@@ -43,55 +43,51 @@ class MemorySnapshot:
         return sum(device.by_owner.get(owner, 0) for device in self.devices)
 
 
-class Ledger:
-    """Reads the shards of arrays, remembering them: asking a shard for its address costs more than all the sums."""
+#: Where an array keeps what was read of it, which goes with it. An attribute, since a lookup by ``id()`` takes longer
+#: than all the sums once an audit hook is set, as filelock does when jax imports it.
+_SHARDS = "_kvcycle_shards"
 
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Any], _Shards]] = {}
-        self._lock = threading.Lock()
 
-    def shards(self, array: jax.Array) -> _Shards:
-        """The shards of a live array on its devices' own memory; () for a deleted array or one in host memory.
+def shards_of(array: jax.Array) -> _Shards:
+    """The shards of a live array on its devices' own memory; () for a deleted array or one in host memory.
 
-        Waits for an array that is still being computed: its address is not known before.
-        """
-        if array.is_deleted():
+    Waits for an array that is still being computed: its address is not known before. Read once for each array.
+    """
+    if array.is_deleted():
+        return ()
+    known: _Shards | None = getattr(array, _SHARDS, None)
+    if known is None:
+        known = _read(array)
+        setattr(array, _SHARDS, known)
+    return known
+
+
+def _read(array: jax.Array) -> _Shards:
+    try:
+        if _in_host_memory(array):
             return ()
-        with self._lock:
-            known = self._known.get(id(array))
-        if known is not None and known[0]() is array:
-            return known[1]
-        shards = self._read(array)
-        key = id(array)
+        array.block_until_ready()
+        if len(array.sharding.device_set) == 1 and array.is_fully_addressable:
+            # Its only shard's data would be the array itself: jax 0.8.1 keeps that cycle, and with it the buffer,
+            # until the garbage collector comes by.
+            (device,) = array.devices()
+            return (_entry(device, array),)
+        shards = []
+        for shard in array.addressable_shards:
+            shards.append(_entry(shard.device, shard.data))
+            # jax keeps this view alive and lists it: it need not be asked once more.
+            setattr(shard.data, _SHARDS, (shards[-1],))
+        return tuple(shards)
+    except (RuntimeError, TypeError) as error:
+        # Another thread deleted or donated it since live_arrays() listed it: it is no longer in use. A donation
+        # marks the shards' buffers a moment before the array, and a deletion inside jax itself is a TypeError.
+        if array.is_deleted() or "deleted or donated" in str(error):
+            return ()
+        raise
 
-        def forget(_: Any, known: dict[int, Any] = self._known) -> None:
-            known.pop(key, None)
 
-        with self._lock:
-            self._known[key] = (weakref.ref(array, forget), shards)
-        return shards
-
-    @staticmethod
-    def _read(array: jax.Array) -> _Shards:
-        try:
-            if _in_host_memory(array):
-                return ()
-            array.block_until_ready()
-            if len(array.sharding.device_set) == 1 and array.is_fully_addressable:
-                # Its only shard's data would be the array itself: jax 0.8.1 keeps that cycle, and with it the buffer,
-                # until the garbage collector comes by.
-                (device,) = array.devices()
-                return ((device.id, array.unsafe_buffer_pointer(), array.on_device_size_in_bytes()),)
-            return tuple(
-                (shard.device.id, shard.data.unsafe_buffer_pointer(), shard.data.on_device_size_in_bytes())
-                for shard in array.addressable_shards
-            )
-        except (RuntimeError, TypeError) as error:
-            # Another thread deleted or donated it since live_arrays() listed it: it is no longer in use. A donation
-            # marks the shards' buffers a moment before the array, and a deletion inside jax itself is a TypeError.
-            if array.is_deleted() or "deleted or donated" in str(error):
-                return ()
-            raise
+def _entry(device: jax.Device, view: jax.Array) -> tuple[_Place, int]:
+    return (device.id, view.unsafe_buffer_pointer()), view.on_device_size_in_bytes()
 
 
 def _in_host_memory(array: jax.Array) -> bool:
@@ -101,9 +97,6 @@ def _in_host_memory(array: jax.Array) -> bool:
         return False
     device: Any = next(iter(array.sharding.device_set))  # default_memory() is missing from its stub
     return bool(kind != device.default_memory().kind)
-
-
-_ledger = Ledger()
 
 
 def snapshot(
@@ -121,26 +114,28 @@ def snapshot(
         largest: how many kinds (dtype and shape) of unowned arrays to name, those that hold most first.
     """
     local = list(devices) if devices is not None else jax.local_devices()
-    owner_of: dict[tuple[int, int], Owner] = {}
+    owner_of: dict[_Place, Owner] = {}
     for owner, arrays in (owners or {}).items():
         for array in arrays:
-            for device_id, address, size in _ledger.shards(array):
+            for place, size in shards_of(array):
                 if size:
-                    owner_of.setdefault((device_id, address), owner)
+                    owner_of.setdefault(place, owner)
     use: dict[int, dict[Owner, int]] = {device.id: dict.fromkeys(OWNERS, 0) for device in local}
-    counted: set[tuple[int, int]] = set()
+    counted: set[_Place] = set()
     unowned: dict[str, list[int]] = {}
-    # Ordered so that a whole array is met before the single-device views that reading its shards leaves alive: then
-    # the largest unowned arrays are named whole.
-    for array in sorted(jax.live_arrays(), key=lambda a: -len(a.sharding.device_set)):
+    live = jax.live_arrays()
+    if largest:
+        # Ordered so that a whole array is met before the single-device views that reading its shards leaves alive: then
+        # the largest unowned arrays are named whole. The sums are the same in any order.
+        live.sort(key=lambda array: -len(array.sharding.device_set))
+    for array in live:
         unowned_bytes = 0
-        for device_id, address, size in _ledger.shards(array):
-            place = (device_id, address)
-            if not size or place in counted or device_id not in use:
+        for place, size in shards_of(array):
+            if place in counted or not size or (on_device := use.get(place[0])) is None:
                 continue
             counted.add(place)
             owner = owner_of.get(place, "other")
-            use[device_id][owner] += size
+            on_device[owner] += size
             if owner == "other":
                 unowned_bytes += size
         if largest and unowned_bytes:

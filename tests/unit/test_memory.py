@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvcycle import memory
-from kvcycle.memory import Ledger, MemorySnapshot, allocator_bytes, limit_bytes, snapshot
+from kvcycle.memory import MemorySnapshot, allocator_bytes, limit_bytes, shards_of, snapshot
 from kvcycle.record import OWNERS, DeviceUse, Owner
 
 MIB = 2**20
@@ -165,14 +166,25 @@ def test_a_donated_array_is_counted_where_its_bytes_went(mesh: Mesh) -> None:
     assert (after.bytes_of("kv"), after.bytes_of("params2")) == (0, 4 * MIB)
 
 
-def test_a_ledger_forgets_an_array_with_it(mesh: Mesh) -> None:
-    ledger = Ledger()
+def test_an_array_is_read_once_and_its_views_with_it(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     array = put(mesh, 4000, "x")
-    shards = ledger.shards(array)
-    assert [(device, size) for device, _, size in shards] == [(device, 1000) for device in range(4)]
-    assert ledger.shards(array) is shards
+    shards = shards_of(array)
+    assert [(device, size) for (device, _), size in shards] == [(device, 1000) for device in range(4)]
+
+    def read_again(array: jax.Array) -> None:
+        pytest.fail(f"{array.shape} was read a second time")
+
+    monkeypatch.setattr(memory, "_read", read_again)
+    assert shards_of(array) is shards
+    assert [shards_of(shard.data) for shard in array.addressable_shards] == [(shard,) for shard in shards]
+
+
+def test_what_was_read_of_an_array_goes_with_it(mesh: Mesh) -> None:
+    array = put(mesh, 4000, "x")
+    shards_of(array)
+    left = weakref.ref(array)
     del array
-    assert ledger._known == {}
+    assert left() is None
 
 
 def test_an_array_of_no_bytes_is_no_ones() -> None:
@@ -260,13 +272,13 @@ class VanishingArray:
 )
 def test_an_array_deleted_or_donated_meanwhile_is_no_longer_in_use(error: Exception, deleted: bool) -> None:
     vanishing = VanishingArray(error, deleted=deleted)
-    assert Ledger().shards(cast(jax.Array, vanishing)) == ()
+    assert shards_of(cast(jax.Array, vanishing)) == ()
     assert vanishing.asked == 2
 
 
 def test_an_error_of_a_live_array_is_not_swallowed() -> None:
     with pytest.raises(RuntimeError, match="the computation failed"):
-        Ledger().shards(cast(jax.Array, VanishingArray(RuntimeError("the computation failed"), deleted=False)))
+        shards_of(cast(jax.Array, VanishingArray(RuntimeError("the computation failed"), deleted=False)))
 
 
 def test_snapshots_go_on_while_arrays_are_donated(mesh: Mesh) -> None:
@@ -369,7 +381,7 @@ def test_an_array_in_host_memory_is_on_no_device(mesh: Mesh) -> None:
     host = Host()
     if kind == "unpinned_host":
         host.sharding = NamedSharding(mesh, PartitionSpec("x"), memory_kind="pinned_host")
-    assert Ledger().shards(cast(jax.Array, host)) == ()
+    assert shards_of(cast(jax.Array, host)) == ()
 
 
 def test_alike_arrays_are_named_together() -> None:

@@ -1,0 +1,244 @@
+"""Drop and rebuild of 36 layers and 2.25 GiB, against the limit and against every other way to get the buffers back."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import kvcycle
+from benchmarks import engines
+from benchmarks.measure import Way, in_turn, load, seconds_of
+from benchmarks.pages import TITLES, PageState, Region, used
+from benchmarks.results import Figure, Scenario, Target
+from benchmarks.sizes import Sizes
+from benchmarks.stats import differences, ratios
+from kvcycle import compiles, inband, internals
+from kvcycle.text import exact_bytes
+
+_PAGE_BYTES = 4096
+
+
+def run(sizes: Sizes, pages: PageState) -> Scenario:
+    """Boot, and take every way in turn on the live engine; again on the next engine."""
+    profile = engines.profile(sizes.layers, sizes.tokens)
+    boots: list[float] = []
+    found: list[_Ways] = []
+    with load() as busy, engines.malloc_as_started(pages):
+        for _ in range(sizes.sessions[pages]):
+            started = time.perf_counter()
+            booted = kvcycle.boot(profile, "cpu")
+            boots.append(time.perf_counter() - started)
+            with booted as engine:
+                ways = _Ways(engine, pages)
+                ways.take(sizes.rounds[pages])
+                found.append(ways)
+    size = found[0].kv.bytes
+    return Scenario(
+        name=f"rebuild-{pages}",
+        title=f"{TITLES[pages]}: {sizes.layers} layers, {exact_bytes(size)}, {engines.DEVICES} devices",
+        figures=tuple(_figures(found, boots, pages)),
+        seconds=busy.seconds,
+        others_share=busy.others_share,
+    )
+
+
+class _Ways:
+    """The ways to fill as much memory, and what was measured of them on one engine."""
+
+    def __init__(self, engine: Any, pages: PageState) -> None:
+        self.kv = kvcycle.KVCache(engine)
+        self.channel = inband.channel_of(engine)
+        self.pool = internals.pools_of(engine)["token_to_kv_pool"]
+        self.pages = pages
+        self.region = Region(self.kv.bytes) if pages in ("default", "mapped") else None
+        self.drops: list[float] = []
+        self.deletes: list[float] = []
+        self.unmaps: list[float] = []
+        #: Where a rebuild's time goes: pages mapped meanwhile, in percent of its own, and processor time.
+        self.faults: list[float] = []
+        self.user_s: list[float] = []
+        self.system_s: list[float] = []
+        self.compiles: list[int] = []
+        self.compiles_elsewhere = 0
+        self.first_s = 0.0
+        self.seconds: dict[str, list[float]] = {}
+
+    def take(self, rounds: int) -> None:
+        """The first rebuild of this engine; then one round that does not count, and those that do."""
+        self.first_s = self.rebuild()
+        ways: dict[str, Way] = {"rebuild": self.rebuild}
+        if self.region is not None:
+            region = self.region
+            ways["fill"] = lambda: seconds_of(region.fill)
+            ways["memset"] = lambda: seconds_of(region.memset)
+        else:
+            ways["fill"] = self.fresh_fill
+        if self.pages != "huge":
+            ways["own loop"] = self.own_loop
+        if self.region is not None:
+            ways["fresh jit"] = self.fresh_jit
+        in_turn(ways, 1)
+        for noted in (self.drops, self.deletes, self.unmaps, self.faults, self.user_s, self.system_s):
+            noted.clear()
+        self.seconds = in_turn(ways, rounds)
+        if self.region is not None:
+            self.region.unmap()  # the next engine has its own
+
+    def rebuild(self) -> float:
+        """kvcycle's: drop, and the seconds of the rebuild."""
+        self.drops.append(seconds_of(self.kv.drop))
+        before = used()
+        with compiles.counting() as span:
+            seconds = seconds_of(self.kv.rebuild)
+        after = used()
+        self.faults.append((after.faults - before.faults) * _PAGE_BYTES / self.kv.bytes * 100)
+        self.user_s.append(after.user_s - before.user_s)
+        self.system_s.append(after.system_s - before.system_s)
+        self.compiles.append(span.compiles.trace + span.compiles.lower + span.compiles.backend)
+        return seconds
+
+    def own_loop(self) -> float:
+        """The engine's: what its pool was made with, which calls one jitted allocator for each layer."""
+        held = self.pool.kv_buffer
+
+        def allocate() -> list[Any]:
+            self.pool._create_buffers()
+            return list(self.pool.kv_buffer)
+
+        try:
+            seconds, deleted_s = self._other_way(allocate)
+        finally:
+            self.pool.kv_buffer = held  # the slots are this list's
+        self.deletes.append(deleted_s)
+        return seconds
+
+    def fresh_jit(self) -> float:
+        """A jit for each layer, as engines do that build their buffers as at the start; counted, to see it compile."""
+        specs = self.kv.specs
+
+        def allocate() -> list[Any]:
+            return [
+                jax.jit(lambda spec=spec: jnp.zeros(spec.shape, spec.dtype), out_shardings=spec.sharding)()
+                for spec in specs
+            ]
+
+        with compiles.counting() as span:
+            seconds, _ = self._other_way(allocate)
+        self.compiles_elsewhere = span.compiles.backend
+        return seconds
+
+    def fresh_fill(self) -> float:
+        """Map as much, fill it and unmap it: the seconds of mapping and filling."""
+        regions: list[Region] = []
+
+        def map_and_fill() -> None:
+            regions.append(Region(self.kv.bytes))
+            regions[0].fill()
+
+        seconds = seconds_of(map_and_fill)
+        self.unmaps.append(seconds_of(regions[0].unmap))
+        return seconds
+
+    def _other_way(self, allocate: Callable[[], list[Any]]) -> tuple[float, float]:
+        """While dropped, on the scheduler's thread as a rebuild: seconds of allocating, and of deleting it again."""
+        arrays: list[Any] = []
+
+        def fill() -> None:
+            arrays.extend(allocate())
+            jax.block_until_ready(arrays)
+
+        with self.kv.released():
+            seconds = seconds_of(lambda: self.channel.call(fill))
+            deleted_s = seconds_of(lambda: self.channel.call(lambda: engines.delete(arrays)))
+        return seconds, deleted_s
+
+
+def _figures(found: list[_Ways], boots: list[float], pages: PageState) -> list[Figure]:
+    def rounds(name: str) -> list[float]:
+        return [seconds for ways in found for seconds in ways.seconds[name]]
+
+    rebuilds, target = rounds("rebuild"), pages in ("default", "mapped")
+    limit = "fill by one thread" if target else "fill of fresh pages, 1 thread"
+    figures = [
+        Figure(name="rebuild", unit="ms", rounds=_ms(rebuilds)),
+        Figure(
+            name=f"rebuild ÷ {limit}",
+            unit="x",
+            rounds=ratios(rebuilds, rounds("fill")),
+            target=Target(sense="at most", limit=1.5) if target else None,
+        ),
+    ]
+    if "memset" in found[0].seconds:
+        figures.append(
+            Figure(name="rebuild ÷ memset by one thread", unit="x", rounds=ratios(rebuilds, rounds("memset")))
+        )
+    # The yardsticks of the other ways are for default malloc: page faults cost every way the same.
+    default = pages == "default"
+    for name, title, least in (
+        ("own loop", "engine's own loop ÷ rebuild", 1.7),
+        ("fresh jit", "fresh jit per layer ÷ rebuild", 6.0),
+    ):
+        if name in found[0].seconds:
+            figures.append(
+                Figure(
+                    name=title,
+                    unit="x",
+                    rounds=ratios(rounds(name), rebuilds),
+                    target=Target(sense="at least", limit=least) if default else None,
+                )
+            )
+    if default:
+        later = [statistics.median(ways.seconds["rebuild"]) for ways in found]
+        figures += [
+            Figure(
+                name="new engine, tiny weights ÷ rebuild",
+                unit="x",
+                rounds=ratios(boots, later),
+                target=Target(sense="at least", limit=20.0),
+            ),
+            Figure(name="first rebuild ÷ later ones", unit="x", rounds=ratios([ways.first_s for ways in found], later)),
+        ]
+    figures += [
+        Figure(name="pages mapped anew by a rebuild", unit="%", rounds=_all(found, "faults")),
+        Figure(name="a rebuild's processor time: user", unit="ms", rounds=_ms(_all(found, "user_s"))),
+        Figure(name="system (mapping pages)", unit="ms", rounds=_ms(_all(found, "system_s"))),
+    ]
+    figures.append(
+        Figure(
+            name="compilations in a rebuild",
+            unit="compilations",
+            rounds=_all(found, "compiles"),
+            target=Target(sense="at most", limit=0),
+        )
+    )
+    if "fresh jit" in found[0].seconds:
+        elsewhere = tuple(float(ways.compiles_elsewhere) for ways in found)
+        figures.append(Figure(name="the same counter, fresh jits", unit="compilations", rounds=elsewhere))
+    return figures + _drop_figures(found)
+
+
+def _drop_figures(found: list[_Ways]) -> list[Figure]:
+    """Every drop against a deletion of as many arrays in the same round: what is left is not the system's unmapping."""
+    figures = [Figure(name="drop", unit="ms", rounds=_ms(_all(found, "drops")))]
+    unmaps, deletes = _all(found, "unmaps"), _all(found, "deletes")
+    if unmaps:
+        figures.append(Figure(name="unmapping as much, by itself", unit="ms", rounds=_ms(unmaps)))
+    if deletes:
+        more = differences(figures[0].rounds, _ms(deletes))
+        figures.append(
+            Figure(name="drop - deleting as much", unit="ms", rounds=more, target=Target(sense="at most", limit=5.0))
+        )
+    return figures
+
+
+def _ms(seconds: Sequence[float]) -> tuple[float, ...]:
+    return tuple(one * 1000 for one in seconds)
+
+
+def _all(found: list[_Ways], name: str) -> tuple[float, ...]:
+    return tuple(float(value) for ways in found for value in getattr(ways, name))

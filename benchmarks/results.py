@@ -1,0 +1,103 @@
+"""What a run of the benchmarks found: figures and curves by scenario, as JSON and back."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from benchmarks.stats import CONFIDENCE, Interval, Outcome, PowerLaw, Sense, interval, outcome, power_law
+
+#: Of the machine's cores, what others may take before nothing that was measured meanwhile is called a result.
+QUIET = 0.05
+
+Unit = Literal["x", "ms", "s", "%", "compilations"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Target(_Part):
+    """What a figure should reach."""
+
+    sense: Sense
+    limit: float
+
+
+class Figure(_Part):
+    """One number that was measured in several rounds."""
+
+    name: str
+    unit: Unit
+    rounds: tuple[float, ...] = Field(min_length=1)
+    target: Target | None = None
+
+    @property
+    def interval(self) -> Interval:
+        """The median of the rounds and its interval."""
+        return interval(self.rounds)
+
+    def outcome(self, others_share: float) -> Outcome | None:
+        """Whether the target is met, while others took so much of the machine; None without a target."""
+        if self.target is None:
+            return None
+        if self.unit == "compilations":  # counted, not timed: no round may be off, and no load excuses one
+            return "met" if max(self.rounds) <= self.target.limit else "missed"
+        if others_share > QUIET:
+            return "not resolved"
+        return outcome(self.interval, self.target.sense, self.target.limit, confidence=CONFIDENCE)
+
+
+class Point(_Part):
+    """One point of a curve: the seconds of every round at ``x``."""
+
+    x: float
+    rounds_s: tuple[float, ...] = Field(min_length=1)
+
+    @property
+    def interval(self) -> Interval:
+        """The median of the rounds and its interval, in seconds."""
+        return interval(self.rounds_s)
+
+
+class Curve(_Part):
+    """Seconds over something that grows, and the power law through the medians."""
+
+    name: str
+    x_name: str
+    points: tuple[Point, ...] = Field(min_length=2)
+
+    @property
+    def law(self) -> PowerLaw:
+        """The power law through the medians."""
+        return power_law([point.x for point in self.points], [point.interval.median for point in self.points])
+
+
+class Scenario(_Part):
+    """What one process measured."""
+
+    name: str
+    title: str
+    figures: tuple[Figure, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    seconds: float
+    #: What other processes, and a hypervisor, took of the machine's cores meanwhile.
+    others_share: float
+
+
+class Report(_Part):
+    """A whole run."""
+
+    version: Literal[1] = Field(default=1, alias="schema", serialization_alias="schema")
+    evidence: str
+    created: str
+    stack: dict[str, str | None]
+    cores: int
+    memory_bytes: int
+    scenarios: tuple[Scenario, ...]
+
+    def outcomes(self) -> list[Outcome]:
+        """The outcome of every target."""
+        found = [figure.outcome(scenario.others_share) for scenario in self.scenarios for figure in scenario.figures]
+        return [one for one in found if one is not None]

@@ -1,0 +1,73 @@
+"""How large and how often: the whole benchmark, and a tiny one that shows that everything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.pages import PageState
+
+MIB = 2**20
+Scale = Literal["full", "small"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Geometry and rounds of every scenario."""
+
+    layers: int
+    tokens: int
+    #: Engines booted one after the other, by page state: the boots are timed where there are several.
+    sessions: dict[PageState, int]
+    #: Rounds on each of them.
+    rounds: dict[PageState, int]
+    arrays: tuple[int, ...]
+    arrays_by_device: int
+    devices: tuple[int, ...]
+    snapshot_rounds: int
+    kv_bytes: tuple[int, ...]
+    kv_layers: tuple[int, ...]
+    #: What the curves over layers and devices hold fixed.
+    kv_fixed_bytes: int
+    curve_rounds: int
+    generate_rounds: int
+    generate_layers: int
+    new_tokens: int
+
+
+SIZES: dict[Scale, Sizes] = {
+    "full": Sizes(
+        layers=36,
+        tokens=32768,
+        sessions={"default": 5, "mapped": 1, "fresh": 1, "huge": 1},
+        rounds={"default": 3, "mapped": 9, "fresh": 5, "huge": 9},
+        arrays=(100, 1_000, 10_000, 100_000),
+        arrays_by_device=1_000,
+        devices=(1, 2, 4, 8, 16),
+        snapshot_rounds=5,
+        kv_bytes=tuple(64 * MIB * 2**n for n in range(7)),
+        kv_layers=(4, 10, 20, 40, 80),
+        kv_fixed_bytes=512 * MIB,
+        curve_rounds=7,
+        generate_rounds=25,
+        generate_layers=4,
+        new_tokens=16,
+    ),
+    "small": Sizes(
+        layers=2,
+        tokens=256,
+        sessions={"default": 2, "mapped": 1, "fresh": 1, "huge": 1},
+        rounds={"default": 2, "mapped": 2, "fresh": 2, "huge": 2},
+        arrays=(10, 100),
+        arrays_by_device=10,
+        devices=(1, 2),
+        snapshot_rounds=2,
+        kv_bytes=(MIB, 2 * MIB),
+        kv_layers=(1, 2),
+        kv_fixed_bytes=MIB,
+        curve_rounds=2,
+        generate_rounds=2,
+        generate_layers=2,
+        new_tokens=4,
+    ),
+}

@@ -1,0 +1,94 @@
+"""A memory snapshot with owners: over the number of arrays, and over the devices that each is split among."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks import engines
+from benchmarks.measure import load, seconds_of
+from benchmarks.results import Curve, Figure, Point, Scenario, Target
+from benchmarks.sizes import Sizes
+from kvcycle import memory, platform
+from kvcycle.record import Owner
+
+_MS = 1000.0
+#: Arrays that one compiled call makes.
+_AT_ONCE = 100
+#: Snapshots in a row that one round's time is of.
+_REPEAT = 3
+
+
+def run(sizes: Sizes) -> Scenario:
+    """Each round makes the arrays of every point anew, takes a first snapshot of them, and more."""
+    platform.prepare("cpu", max(*sizes.devices, engines.DEVICES))
+    by_arrays = [(count, engines.DEVICES) for count in sizes.arrays]
+    by_devices = [(sizes.arrays_by_device, count) for count in sizes.devices]
+    grid = list(dict.fromkeys([*by_arrays, *by_devices]))
+    first: dict[tuple[int, int], list[float]] = defaultdict(list)
+    later: dict[tuple[int, int], list[float]] = defaultdict(list)
+    with load() as busy:
+        for arrays, devices in grid:
+            _measure(min(arrays, sizes.arrays_by_device), devices)  # imports, and a heap of some size: does not count
+        for _ in range(sizes.snapshot_rounds):
+            for arrays, devices in grid:
+                seen_s, again_s = _measure(arrays, devices)
+                first[arrays, devices].append(seen_s)
+                later[arrays, devices].append(again_s)
+    named = (sizes.arrays_by_device, engines.DEVICES)
+    named = named if named in later else grid[-1]
+
+    def curve(name: str, points: list[tuple[int, int]], of: dict[tuple[int, int], list[float]], axis: int) -> Curve:
+        xs = ("arrays", "devices")[axis]
+        return Curve(name=name, x_name=xs, points=tuple(Point(x=p[axis], rounds_s=tuple(of[p])) for p in points))
+
+    return Scenario(
+        name="snapshots",
+        title="memory snapshot with owners",
+        figures=(
+            Figure(
+                name=f"snapshot of {named[0]:,} arrays x {named[1]} devices",
+                unit="ms",
+                rounds=tuple(s * _MS for s in later[named]),
+                target=Target(sense="at most", limit=5.0),
+            ),
+            Figure(name="the first that sees these arrays", unit="ms", rounds=tuple(s * _MS for s in first[named])),
+        ),
+        curves=(
+            curve(f"snapshot, {engines.DEVICES} devices", by_arrays, later, 0),
+            curve(f"first snapshot, {engines.DEVICES} devices", by_arrays, first, 0),
+            curve(f"snapshot, {sizes.arrays_by_device:,} arrays", by_devices, later, 1),
+        ),
+        seconds=busy.seconds,
+        others_share=busy.others_share,
+    )
+
+
+def _measure(count: int, devices: int) -> tuple[float, float]:
+    """Seconds of the first snapshot that sees so many arrays, and of a later one."""
+    used = jax.devices()[:devices]
+    sharding = NamedSharding(Mesh(np.array(used), ("device",)), PartitionSpec("device"))
+    at_once = min(_AT_ONCE, count)
+    make = jax.jit(
+        lambda: [jnp.zeros(devices * 16, jnp.bfloat16) for _ in range(at_once)], out_shardings=[sharding] * at_once
+    )
+    arrays: list[Any] = [array for _ in range(count // at_once) for array in make()]
+    jax.block_until_ready(arrays)
+    owners: dict[Owner, list[Any]] = {"weights": arrays[: count // 2], "kv": arrays[count // 2 : count * 3 // 4]}
+
+    def take() -> memory.MemorySnapshot:
+        return memory.snapshot(owners, devices=used)
+
+    # As every sample of the suite is taken: its collections do not go through what lives already.
+    with platform.few_objects_to_collect():
+        seen_s = seconds_of(take)
+        again_s = min(seconds_of(take) for _ in range(_REPEAT))
+    expected = count // 2 * devices * 16 * 2
+    if (held := take().bytes_of("weights")) != expected:
+        raise AssertionError(f"The snapshot of {count} arrays on {devices} devices has {held} bytes, not {expected}.")
+    return seen_s, again_s

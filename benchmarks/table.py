@@ -1,0 +1,96 @@
+"""A run of the benchmarks in a terminal, at 80 columns and in a log."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.results import QUIET, Curve, Report, Scenario, Target
+from benchmarks.stats import Outcome
+
+_STYLE: dict[Outcome, str] = {"met": "green", "missed": "bold red", "not resolved": "yellow"}
+_UNITS = {"x": " x", "ms": " ms", "s": " s", "%": " %", "compilations": ""}
+
+
+def show(report: Report, console: Console) -> None:
+    """Print every scenario, its curves, and the line that sums up."""
+    versions = ", ".join(f"{name.replace('_', '-')} {report.stack[name]}" for name in ("sglang_jax", "jax"))
+    console.print(f"Benchmarks ({report.evidence}): {versions}, {report.cores} cores", style="bold")
+    for scenario in report.scenarios:
+        console.print()
+        console.print(Text(scenario.title, style="bold"))
+        if scenario.figures:
+            console.print(_figures(scenario))
+        if scenario.curves:
+            console.print(_curves(scenario.curves))
+        if scenario.others_share > QUIET:
+            console.print(
+                f"  NOT A RESULT: others took {scenario.others_share:.0%} of the cores meanwhile (limit {QUIET:.0%}).",
+                style="yellow",
+            )
+    console.print()
+    console.print(Text(summary(report), style="bold"))
+
+
+def summary(report: Report) -> str:
+    """How many targets are met, missed and open, and what each open one needs."""
+    counts = Counter(report.outcomes())
+    if not counts:
+        return "No target was measured."
+    line = ", ".join(f"{counts[outcome]} {outcome}" for outcome in _STYLE if counts[outcome])
+    if counts["not resolved"]:
+        line += ": where it says so the rounds lie on both sides of the target, or the machine was not quiet; run again"
+    return f"{line}."
+
+
+def _figures(scenario: Scenario) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("in turn, median of rounds", overflow="fold")
+    table.add_column("median", justify="right", no_wrap=True)
+    table.add_column("90 % interval", justify="right", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column("target", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for figure in scenario.figures:
+        found, outcome = figure.interval, figure.outcome(scenario.others_share)
+        table.add_row(
+            Text(figure.name),
+            number(found.median) + _UNITS[figure.unit],
+            f"{number(found.low)} – {number(found.high)}",
+            str(len(figure.rounds)),
+            _target(figure.target),
+            Text(outcome, style=_STYLE[outcome]) if outcome else "",
+        )
+    return table
+
+
+def _curves(curves: tuple[Curve, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("curve", overflow="fold")
+    table.add_column("from", justify="right", no_wrap=True)
+    table.add_column("to", justify="right", no_wrap=True)
+    table.add_column("grows as", justify="right", no_wrap=True)
+    for curve in curves:
+        first, last, law = curve.points[0], curve.points[-1], curve.law
+        ends = [f"{number(p.x)} in {number(p.interval.median * 1000)} ms" for p in (first, last)]
+        table.add_row(Text(curve.name), *ends, f"{curve.x_name}^{law.exponent:.2f} ± {law.error:.2f}")
+    return table
+
+
+def _target(target: Target | None) -> str:
+    if target is None:
+        return ""
+    return f"{'≤' if target.sense == 'at most' else '≥'} {number(target.limit)}"
+
+
+def number(value: float) -> str:
+    """Three significant figures, without an exponent: ``0.0123``, ``1.23``, ``123``, ``12,345``."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.5f}"
