@@ -16,7 +16,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from kvcycle.calls import DRAIN_S, When
+from kvcycle.calls import DRAIN_S
 from kvcycle.errors import (
     EngineBusyError,
     EngineCrashedError,
@@ -33,8 +33,6 @@ from kvcycle.occupation import MemoryOccupation, Occupation, OccupationState
 
 #: The longest that a release may be made to wait.
 _LONGEST_S = 3600.0
-#: How often a waiting call looks whether its client has gone.
-_POLL_S = 0.25
 #: How long the scheduler may take to say how it is, where somebody asks for its health.
 _HEALTH_S = 20.0
 
@@ -118,14 +116,17 @@ class Endpoints:
     async def health_generate(self, request: Request) -> Response:
         """``GET /health_generate``: sglang-jax's own answer, but 503 at once while something is released."""
         try:
-            state = await self._in_thread(lambda occupation: occupation.state(When(timeout_s=_HEALTH_S)))
+            released = await asyncio.wait_for(self._in_thread(lambda occupation: occupation.released), _HEALTH_S)
+        except TimeoutError:
+            return JSONResponse({"success": False, "message": f"No answer from the engine in {_HEALTH_S:g} s."}, 503)
         except KVCycleError as error:
             return JSONResponse({"success": False, "error": _error_json(error)}, 503)
-        if not state.released:
+        if not released:
             answer: Response = await self._stock.health_generate(request)
             return answer
-        message = f"The engine serves nothing now: {', '.join(state.released)} {"is" if len(state.released) == 1 else "are"} released. Requests wait for the resume."
-        return JSONResponse({"success": False, "released": list(state.released), "message": message}, 503)
+        named = f"{', '.join(released)} {'is' if len(released) == 1 else 'are'}"
+        message = f"The engine serves nothing now: {named} released. Requests wait for the resume."
+        return JSONResponse({"success": False, "released": list(released), "message": message}, 503)
 
     async def _in_thread[T](self, call: Callable[[MemoryOccupation], T]) -> T:
         occupation = self._occupation
@@ -138,10 +139,14 @@ class Endpoints:
     ) -> JSONResponse:
         raw, gone = await request.body(), threading.Event()
         call = asyncio.ensure_future(self._in_thread(lambda occupation: act(occupation, raw, gone.is_set)))
-        # A client that has given up must not find the memory released by nobody, later.
-        while not (await asyncio.wait({call}, timeout=_POLL_S))[0]:
-            if not gone.is_set() and await request.is_disconnected():
-                gone.set()
+        # A client that has given up must not find the memory released by nobody, later. Not is_disconnected(): behind
+        # the middleware that checks the API key it is never True.
+        leaving = asyncio.ensure_future(request.receive())
+        await asyncio.wait({call, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not call.done():
+            gone.set()
+            await asyncio.wait({call})
+        leaving.cancel()
         try:
             return JSONResponse({"success": True, **call.result()})
         except KVCycleError as error:

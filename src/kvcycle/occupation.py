@@ -222,9 +222,9 @@ class MemoryOccupation:
         here = self._channel.here(Occupier)
         return here.released() if here else self._channel.ask(Occupier, Occupier.released, NOW)
 
-    def state(self, when: When = NOW) -> OccupationState:
+    def state(self) -> OccupationState:
         """What is released, and what is in use where the scheduler runs."""
-        return self._channel.ask(Occupier, Occupier.state, when)
+        return self._channel.ask(Occupier, Occupier.state, NOW)
 
     def release(
         self,

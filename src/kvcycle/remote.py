@@ -75,7 +75,7 @@ class Remote:
             EngineCrashedError: the scheduler does not answer.
             KVCycleError: whatever the operation raised.
         """
-        name = f"{part.__name__}.{operation.__name__}()"
+        name = f"{operation.__name__}()"
         if not _is_plain((args, kwargs)):
             raise UnsupportedEngineError(
                 f"{name} was given what cannot be handed to the engine, whose scheduler runs in another process. "
@@ -91,6 +91,10 @@ class Remote:
             done = when.done
             future.add_done_callback(lambda ended: _note(ended, operation, done))
         return cast(T, result_of(operation, self._await(name, ticket, future, deadline, when)))
+
+    def close(self) -> None:
+        """End the thread and close the socket; nothing can be asked any more."""
+        self._wire.close()
 
     def _await(self, name: str, ticket: int, future: Future[Any], deadline: float, when: When) -> dict[str, Any]:
         withdrawn = False
@@ -142,7 +146,8 @@ class _Wire:
         self._bell_lock = threading.Lock()
         receiver.bind(f"inproc://kvcycle-{id(self)}")
         self._bell.connect(f"inproc://kvcycle-{id(self)}")
-        threading.Thread(target=self._run, args=(receiver,), name="kvcycle-remote", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(receiver,), name="kvcycle-remote", daemon=True)
+        self._thread.start()
 
     def new_ticket(self) -> int:
         return next(self._tickets)
@@ -161,6 +166,11 @@ class _Wire:
     def forget(self, ticket: int) -> None:
         self._waiting.pop(ticket, None)
 
+    def close(self) -> None:
+        self.send_only(None)
+        self._thread.join()
+        self._bell.close()
+
     def _run(self, receiver: Any) -> None:
         poller = zmq.Poller()
         poller.register(receiver, zmq.POLLIN)
@@ -169,7 +179,11 @@ class _Wire:
             for socket, _ in poller.poll():
                 if socket is receiver:
                     receiver.recv()
-                    self._socket.send_pyobj(self._outbox.get())
+                    if (message := self._outbox.get()) is None:
+                        receiver.close()
+                        self._socket.close()
+                        return
+                    self._socket.send_pyobj(message)
                     continue
                 answer = decoded(self._socket.recv())
                 if (future := self._waiting.pop(answer["ticket"], None)) is not None:
