@@ -21,7 +21,7 @@ from typing import Any, Literal, cast, get_args
 
 import jax
 
-from kvcycle import internals
+from kvcycle import compiles, internals
 from kvcycle.calls import NOW, Way, When
 from kvcycle.errors import EngineBusyError, MemoryOccupationError, OccupationStateError
 from kvcycle.inband import ATTACH_S, Channel
@@ -29,6 +29,7 @@ from kvcycle.kv_buffers import Buffers, Freed
 from kvcycle.kv_cache import Mode, check_mode, clear_then
 from kvcycle.memory import MemorySnapshot
 from kvcycle.params import ParamSet
+from kvcycle.record import Compiles
 from kvcycle.remote import way_to
 from kvcycle.text import nearest
 from kvcycle.weights import Holder
@@ -82,12 +83,14 @@ class OccupationState:
         bytes_by_device: by tag, the device bytes that it frees or has freed.
         requests: how many are queued or running, by place; while something is released they wait.
         memory: what is in use in the scheduler's process now.
+        compiles: what jax's compiler has done in that process since it was first asked, or since it is served.
     """
 
     released: tuple[Tag, ...]
     bytes_by_device: dict[Tag, dict[int, int]]
     requests: dict[str, int]
     memory: MemorySnapshot
+    compiles: Compiles
 
 
 class Occupier:
@@ -117,6 +120,7 @@ class Occupier:
             },
             requests=internals.unfinished_requests(self._channel.scheduler),
             memory=self._buffers.snapshot(),
+            compiles=compiles.total(),
         )
 
     def to_release(self, tags: Sequence[str] | None) -> tuple[Tag, ...]:

@@ -14,8 +14,6 @@ from typing import Any
 
 from sgl_jax.srt.server_args import ServerArgs as _ServerArgs
 
-from kvcycle.errors import UnsupportedEngineError
-
 
 @dataclasses.dataclass
 class ServerArgs(_ServerArgs):  # type: ignore[misc] # sglang-jax has no types
@@ -27,24 +25,3 @@ class ServerArgs(_ServerArgs):  # type: ignore[misc] # sglang-jax has no types
             from kvcycle.service import install
 
             install()
-
-
-def check_served(arguments: Any) -> None:
-    """Refuse, before anything boots, an engine that could not be served.
-
-    Raises:
-        UnsupportedEngineError: it is on several hosts, disaggregated, or multimodal with several stages.
-    """
-    refused = {
-        "nnodes": 1,
-        "multimodal": False,
-        "disaggregation_mode": "null",
-        "pd_disaggregation": None,
-    }
-    for name, usual in refused.items():
-        value = getattr(arguments, name, usual)
-        if value and value != usual:
-            raise UnsupportedEngineError(
-                f"kvcycle cannot serve an engine with {name}={value!r}: its memory is not one scheduler's to release. "
-                f"Start it without that, or with sgl_jax.launch_server and without release_memory_occupation."
-            )

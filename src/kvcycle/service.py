@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import zmq
 
-from kvcycle import inband, internals
+from kvcycle import compiles, inband, internals
 from kvcycle.calls import Ask, Withdraw, encoded, encoded_error
 from kvcycle.errors import UnsupportedEngineError
 from kvcycle.kv_buffers import Buffers
@@ -46,6 +46,7 @@ class Service:
     def __init__(self, scheduler: Any) -> None:
         # What kvcycle calls an engine, as far as it is in this process; without the requests' side.
         self._channel = inband.Channel(SimpleNamespace(scheduler_info={"scheduler": scheduler}))
+        compiles.total()  # counts from now on: the first generation is the control of every zero after it
         for part in _PARTS.values():
             self._channel.part(part)
         self._socket = internals.answer_socket(scheduler)

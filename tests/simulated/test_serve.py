@@ -77,6 +77,8 @@ def test_released_memory_falls_to_the_byte_requests_wait_and_get_the_same_tokens
     assert predicted is not None
     assert predicted.bytes_per_device == KV_BYTES
     before, rss_before = server.in_use(), server.scheduler_rss_bytes()
+    compiled = server.state()["compiles"]
+    assert compiled["backend"] >= 10  # the control: the first generation was seen to compile
     assert server.in_use("kv") == each(KV_BYTES)
 
     freed = server.post("/release_memory_occupation", tags=["kv_cache"])
@@ -102,6 +104,7 @@ def test_released_memory_falls_to_the_byte_requests_wait_and_get_the_same_tokens
     assert server.generate() == undisturbed[16]
     server.until_requests(waiting=0, running=0)
     assert change(before, server.in_use()) == each(0)
+    assert server.state()["compiles"] == compiled
 
 
 def test_the_health_is_503_while_released_and_no_request_is_left_behind(server: Server) -> None:

@@ -28,7 +28,7 @@ from kvcycle.errors import (
 )
 from kvcycle.memory import MemorySnapshot
 from kvcycle.occupation import Occupation, OccupationState
-from kvcycle.record import DeviceUse
+from kvcycle.record import Compiles, DeviceUse
 
 PATHS = ("/release_memory_occupation", "/resume_memory_occupation", "/get_server_info", "/health_generate")
 FREED = Occupation(("kv_cache",), {0: 5, 2048: 7}, 0, {0: 1, 2048: 1}, (("float32[1]", 2),), retracted=("a",))
@@ -59,7 +59,9 @@ class Engine:
     def state(self) -> OccupationState:
         use = DeviceUse(id=2048, ledger_bytes=3, by_owner={"kv": 3})
         memory = MemorySnapshot(t_s=1.0, devices=(use,), rss_bytes=None)
-        return self._unless_error(OccupationState(("kv_cache",), {"kv_cache": {2048: 3}}, {"waiting": 1}, memory))
+        return self._unless_error(
+            OccupationState(("kv_cache",), {"kv_cache": {2048: 3}}, {"waiting": 1}, memory, Compiles(trace=1))
+        )
 
     def _unless_error[T](self, value: T) -> T:
         if self.error is not None:
@@ -189,6 +191,7 @@ def test_the_state_stands_beside_the_servers_own(client: TestClient, engine: Eng
     assert info["kvcycle"]["released"] == ["kv_cache"]
     assert info["kvcycle"]["bytes_by_device"] == {"kv_cache": {"2048": 3}}
     assert info["kvcycle"]["requests"] == {"waiting": 1}
+    assert info["kvcycle"]["compiles"] == {"trace": 1, "lower": 0, "backend": 0, "cache_hits": 0}
     assert info["kvcycle"]["memory"]["devices"][0] == {
         "id": 2048, "ledger_bytes": 3, "allocator_bytes": None, "by_owner": {"kv": 3},
     }  # fmt: skip
