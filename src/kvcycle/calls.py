@@ -8,6 +8,7 @@ JSON comes back: nothing is unpickled from an answer.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -99,8 +100,9 @@ def _returns(operation: Callable[..., Any]) -> TypeAdapter[Any]:
 
 
 def encoded(ticket: int, operation: Callable[..., Any], result: Any) -> bytes:
-    """The answer of an operation as JSON."""
-    return _JSON.dump_json({"ticket": ticket, "result": _returns(operation).dump_python(result, mode="json")})
+    """The answer of an operation as JSON, with the id of the process that gives it."""
+    plain = _returns(operation).dump_python(result, mode="json")
+    return _JSON.dump_json({"ticket": ticket, "pid": os.getpid(), "result": plain})
 
 
 def encoded_error(ticket: int, error: BaseException) -> bytes:
@@ -110,6 +112,7 @@ def encoded_error(ticket: int, error: BaseException) -> bytes:
     return _JSON.dump_json(
         {
             "ticket": ticket,
+            "pid": os.getpid(),
             "error": type(error).__name__,
             "sentence": sentence,
             "figures": {name: value for name, value in vars(error).items() if known and not name.startswith("_")},
@@ -118,7 +121,7 @@ def encoded_error(ticket: int, error: BaseException) -> bytes:
 
 
 def decoded(answer: bytes) -> dict[str, Any]:
-    """The answer as a dict: ``ticket``, and ``result`` or ``error``, ``sentence``, ``figures``."""
+    """The answer as a dict: ``ticket``, ``pid``, and ``result`` or ``error``, ``sentence``, ``figures``."""
     read: dict[str, Any] = _JSON.validate_json(answer)
     return read
 

@@ -19,6 +19,7 @@ Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0; what only one of them has is asked for
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -75,9 +76,8 @@ def is_served_elsewhere(engine: Any) -> bool:
     info, arguments = getattr(engine, "scheduler_info", None), getattr(engine, "server_args", None)
     if not isinstance(info, dict) or info.get("scheduler") is not None or arguments is None:
         return False
-    from kvcycle.server_args import ServerArgs
-
-    return isinstance(arguments, ServerArgs)
+    ours = sys.modules.get("kvcycle.server_args")  # not imported here: that would import sglang-jax
+    return ours is not None and isinstance(arguments, ours.ServerArgs)
 
 
 def warn_if_untested() -> None:

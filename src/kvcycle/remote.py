@@ -16,6 +16,7 @@ from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Concatenate, cast
 
+import psutil
 import zmq
 
 from kvcycle.calls import Ask, Way, When, Withdraw, decoded, result_of
@@ -109,6 +110,12 @@ class Remote:
                 self._wire.send_only(Withdraw(ticket))
                 wait([future], timeout=GRACE_S)
                 raise
+            if self._wire.peer is not None and not _lives(self._wire.peer):
+                self._wire.forget(ticket)
+                raise EngineCrashedError(
+                    f"The engine's scheduler does not answer: its process (pid {self._wire.peer}) has ended. Boot the "
+                    "engine anew."
+                )
             if not withdrawn and (time.monotonic() > deadline or when.abandoned()):
                 withdrawn, deadline = True, time.monotonic()
                 self._wire.send_only(Withdraw(ticket))
@@ -133,6 +140,13 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN) or (isinstance(value, (list, tuple)) and all(_is_plain(item) for item in value))
 
 
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
 class _Wire:
     """The thread that alone touches the socket: it sends what callers give it, and hands answers to who waits."""
 
@@ -141,6 +155,8 @@ class _Wire:
         self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._waiting: dict[int, Future[dict[str, Any]]] = {}
         self._tickets = itertools.count(1)
+        #: The process that answers, known after its first answer.
+        self.peer: int | None = None
         context: Any = zmq.Context.instance()
         receiver, self._bell = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
         self._bell_lock = threading.Lock()
@@ -186,5 +202,6 @@ class _Wire:
                     self._socket.send_pyobj(message)
                     continue
                 answer = decoded(self._socket.recv())
+                self.peer = answer["pid"]
                 if (future := self._waiting.pop(answer["ticket"], None)) is not None:
                     future.set_result(answer)

@@ -35,8 +35,13 @@ def main() -> None:
         service.install()
     from sgl_jax.srt.utils import kill_process_tree
 
+    def connected(socket: Any) -> None:
+        occupation = MemoryOccupation(Remote(socket))
+        occupation.state()  # a scheduler that does not answer should not wait for the first release to say so
+        endpoints.serve(occupation)
+
     try:
-        internals.launch_http_server(arguments, lambda socket: endpoints.serve(MemoryOccupation(Remote(socket))))
+        internals.launch_http_server(arguments, connected)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

@@ -5,8 +5,12 @@ The other process is a thread here, with a scheduler made of plain objects whose
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -91,8 +95,9 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(service, "_PARTS", {"Toy": Toy})
     context: Any = zmq.Context.instance()
     near, far = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
-    near.bind("inproc://kvcycle-test")
-    far.connect("inproc://kvcycle-test")
+    address = f"inproc://{uuid.uuid4()}"  # a socket that is closed keeps its address a little longer
+    near.bind(address)
+    far.connect(address)
     host = Host(far, near)
     yield host
     host.stop = True
@@ -206,6 +211,31 @@ def test_a_scheduler_without_a_word_is_told_after_the_grace(
     )
     host.answers = True
     assert way.ask(Toy, Toy.note, NOW, "in time") == ["in time"]  # and the late answer is nobody's
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_scheduler_whose_process_has_ended_is_told_at_once(
+    way: Remote, host: Host, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    way.ask(Toy, Toy.thread, NOW)  # by whose answer its process is known
+    host.answers = False
+    monkeypatch.setattr(remote, "_lives", lambda pid: not (ended and pid == os.getpid()))
+    threading.Timer(0.6, lambda: setattr(host, "answers", True)).start()
+    with pytest.raises(EngineCrashedError if ended else EngineBusyError) as caught:
+        way.ask(Toy, Toy.note, When(timeout_s=60 if ended else 0.01), "lost")
+    if ended:
+        assert str(caught.value) == (
+            f"The engine's scheduler does not answer: its process (pid {os.getpid()}) has ended. Boot the engine anew."
+        )
+
+
+def test_a_process_that_was_killed_does_not_live_while_nobody_has_asked_for_its_end() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert remote._lives(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not remote._lives(process.pid)
+    assert not remote._lives(process.pid)
 
 
 def test_an_interrupted_caller_finds_it_undone_or_knows_what_was_done(
