@@ -71,11 +71,15 @@ class Server:
         while any(self.state()["requests"][place] != number for place, number in counts.items()):
             assert time.monotonic() < deadline, self.state()
 
-    def scheduler_rss_bytes(self) -> int:
-        """Resident memory of the scheduler's process, by the operating system's word."""
+    def scheduler(self) -> psutil.Process:
+        """The process that holds the engine."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         (scheduler,) = [child for child in children if child.name().startswith("sglang::schedul")]
-        return int(scheduler.memory_info().rss)
+        return scheduler
+
+    def scheduler_rss_bytes(self) -> int:
+        """Resident memory of the scheduler's process, by the operating system's word."""
+        return int(self.scheduler().memory_info().rss)
 
 
 def arguments_of(profile: Profile) -> dict[str, Any]:

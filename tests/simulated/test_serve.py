@@ -6,6 +6,8 @@ One server for all of it. The control is the stock server, which the same call k
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,6 +223,8 @@ def test_without_the_api_key_nothing_is_released_or_told(server: Server, key: st
 def test_what_is_pickled_is_not_unpickled(server: Server) -> None:
     """A pickle that would end the process which loads it is a wrong body, and the server lives."""
     bomb = b"cos\n_exit\n(I3\ntR."
+    control = subprocess.run([sys.executable, "-c", f"import pickle; pickle.loads({bomb!r})"], check=False)
+    assert control.returncode == 3
     answer = server.client.post("/release_memory_occupation", content=bomb)
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "BodyError")
     assert server.process.poll() is None
@@ -232,6 +236,16 @@ def test_what_is_pickled_is_not_unpickled(server: Server) -> None:
 def _connections(server: Server) -> list[Any]:
     parent = psutil.Process(server.process.pid)
     return [found for each in (parent, *parent.children(recursive=True)) for found in each.net_connections("inet")]
+
+
+def test_a_scheduler_that_was_killed_is_told_at_once(booted: Server) -> None:
+    """The last test of this server. A SIGKILL, by the kernel that is out of memory, leaves the HTTP process alive."""
+    booted.state()
+    booted.scheduler().kill()
+    answer = booted.client.post("/release_memory_occupation", json={}, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "EngineCrashedError")
+    assert answer.json()["error"]["message"].endswith("has ended. Boot the engine anew.")
+    assert booted.client.get("/health_generate", timeout=30).status_code == 503
 
 
 # The control, and an Engine -------------------------------------------------------------------------------------------
