@@ -17,7 +17,7 @@ from kvcycle.faults.command import faults_command
 from kvcycle.plan.command import plan_command
 from kvcycle.profile_file import load_profile, parse_overrides, profile_names
 from kvcycle.record import Record
-from kvcycle.report import side_by_side, terminal
+from kvcycle.report import page, side_by_side, terminal
 from kvcycle.report.folder import new_run_dir
 from kvcycle.soak_command import soak_command
 
@@ -50,7 +50,7 @@ def replay(
         console.print(
             "Every difference equals the reference to the byte." if equal else "[bold red]Not as in the reference.[/]"
         )
-    console.print(f"Reports: {run_dir}")
+    console.print(page.written(run_dir, lambda: page.draw(record, record.checks)), markup=False, soft_wrap=True)
     if not (equal and passed(list(record.checks))):
         raise typer.Exit(1)
 

@@ -12,6 +12,7 @@ Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0; what only one of them has is asked for
 - ``Scheduler.__init__`` and ``scheduler.recv_from_rpc``: the other end of ``engine.send_to_rpc``, whose messages the
   loop takes; both are DEALERs, so an answer goes back through it, which sglang-jax itself never does;
 - ``http_server``: ``app``, ``launch``, the ``_launch_subprocesses_or_threads`` that it calls, the routes' functions;
+- ``ScheduleBatch._merge_cache_loc`` and the request pool's ``cache_loc_host_buf``, on CPU (0.1.0rc0);
 - ``engine.tokenizer_manager.generate_request``: what generate, async_generate, streaming, encode, rerank and score go
   through, and ``.flush_cache``.
 """
@@ -298,6 +299,27 @@ def launch_http_server(arguments: Any, connected: Callable[[Any], None]) -> None
 
     module._launch_subprocesses_or_threads = launch_and_connect
     module.launch(arguments)
+
+
+def own_cache_locations() -> None:
+    """Give every batch an array of cache locations that no later batch overwrites; for virtual devices only.
+
+    sglang-jax 0.1.0rc0 hands each batch a view of one buffer (``cache_loc_host_buf``), since the transfer to a device
+    copies it. A CPU device takes a numpy array that happens to be aligned to 64 bytes as it is, and under overlap reads
+    it when the next batch is being written: several requests at once then read each other's keys and values, in one
+    process and not in the next. 0.0.3rc0 makes a new array for every batch.
+    """
+    from sgl_jax.srt.managers.schedule_batch import ScheduleBatch
+
+    merge = ScheduleBatch._merge_cache_loc
+    if hasattr(merge, "__wrapped__"):
+        return  # an earlier engine of this process needed it too
+
+    @wraps(merge)
+    def merge_and_copy(*args: Any, **kwargs: Any) -> Any:
+        return merge(*args, **kwargs).copy()
+
+    ScheduleBatch._merge_cache_loc = merge_and_copy
 
 
 def refuse_requests(engine: Any, reason: Callable[[], Exception | None]) -> None:

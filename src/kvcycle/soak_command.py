@@ -18,7 +18,7 @@ from kvcycle.command_line import ProfileOption, ReportDirOption, SetOption, sent
 from kvcycle.profile import Platform, Profile
 from kvcycle.profile_file import load_profile, parse_overrides
 from kvcycle.record import MAX_SOAK_CYCLES, Record
-from kvcycle.report import soak_page, terminal
+from kvcycle.report import page, terminal
 from kvcycle.report.folder import new_run_dir
 from kvcycle.report.soak import growth_sum, progress_line
 
@@ -48,9 +48,8 @@ def soak_command(
         loaded = load_profile(profile, parse_overrides(assignments or []))
         run_dir = new_run_dir(report_dir)
         record = _boot_and_soak(loaded, platform.value, cycles, run_dir / "record.json", console)
-    soak_page.write(record, record.checks, run_dir / "soak.html")
     terminal.show(record, record.checks, console)
-    console.print(f"Reports: {run_dir} (soak.html has the curves)")
+    console.print(page.written(run_dir, lambda: page.draw(record, record.checks)), markup=False, soft_wrap=True)
     if not passed(list(record.checks)):
         ran = len(record.soak.points) if record.soak else 0
         raise typer.Exit(_INTERRUPTED if 0 < ran < cycles and violation(record) is None else _VIOLATED)

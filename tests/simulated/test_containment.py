@@ -113,6 +113,9 @@ def test_a_scheduler_that_dies_while_it_generates_is_named_without_a_guard(suite
     ended = suite(after="scheduler.run_batch = broken", keys=("cycle.generate=true",), guard=False)
     assert_one_error_and_the_rest_skip(ended, "ZeroDivisionError: planted")
     assert ended.phases() == ["engine_ready"]
+    assert "latest/index.html (latest -> " in ended.output
+    page = (ended.folder / "index.html").read_text(encoding="utf-8")
+    assert "The run ended early. The last phase that was measured is engine_ready of cycle 0;" in page
 
 
 def test_a_scheduler_that_dies_idle_is_noticed_by_the_next_step(suite: Suite) -> None:

@@ -199,5 +199,5 @@ def test_the_command_soaks_and_writes_its_page(
         "soak.rss_is_bounded": "pass",
     }
     assert kvcycle.judge(record) == list(record.checks)
-    page = (tmp_path / "latest" / "soak.html").read_text(encoding="utf-8")
-    assert "Plotly.newPlot" in page
+    page = (tmp_path / "latest" / "index.html").read_text(encoding="utf-8")
+    assert f"The soak: {MIN_CYCLES} of {MIN_CYCLES} cycles on one engine" in page

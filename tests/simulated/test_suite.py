@@ -66,6 +66,8 @@ def test_the_suite_passes_on_virtual_devices(run_suite: Run, tmp_path: Path, sma
     log = [json.loads(line) for line in (latest / "reportlog.jsonl").read_text().splitlines()]
     assert log[-1]["$report_type"] == "SessionFinish"
     assert "PASSED [simulated-on-cpu] tiny on 4 cpu devices" in done.stdout
+    assert f"Reports: {latest / 'index.html'} (latest -> {latest.readlink()})" in done.stdout
+    assert "PASSED" in (latest / "index.html").read_text(encoding="utf-8").split("</title>")[0]
     assert "\x1b[" not in done.stdout
     properties = {p.name: p.value for suite in JUnitXml.fromfile(str(latest / "junit.xml")) for p in suite.properties()}
     assert properties["kvcycle.profile"] == "tiny"

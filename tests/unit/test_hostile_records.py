@@ -23,7 +23,7 @@ from kvcycle.errors import RecordError
 from kvcycle.profile import MAX_CYCLES
 from kvcycle.record import Record
 from kvcycle.record_limits import MAX_DEVICES
-from kvcycle.report import terminal
+from kvcycle.report import page, terminal
 from kvcycle.text import printable
 from tests.unit.records import good_record
 
@@ -559,5 +559,6 @@ def test_any_change_is_refused_or_judged(value: object, tmp_path_factory: pytest
     buffer = io.StringIO()
     terminal.show(record, verdicts, Console(file=buffer, width=80, highlight=False))
     assert harmless(buffer.getvalue())
+    assert harmless(page.draw(record, verdicts))
     path.write_text(record.to_json())
     assert judge(Record.load(path)) == verdicts

@@ -184,6 +184,8 @@ def test_the_record_so_far_is_judged_and_its_last_phase_named(killed: Path) -> N
     assert judged == recovered.record
     assert {v.verdict for v in judged.checks if v.id == "drop.frees_kv"} == {"pass"}
     assert {v.verdict for v in judged.checks} > {"pass"}
+    page = (killed / "index.html").read_text(encoding="utf-8")
+    assert "The run ended early. The last phase that was measured is kv_cache_dropped of cycle 0;" in page
 
 
 def test_a_record_that_is_none_does_not_keep_the_junit_file_from_being_made(killed: Path) -> None:
@@ -193,6 +195,7 @@ def test_a_record_that_is_none_does_not_keep_the_junit_file_from_being_made(kill
     assert "record.json is not JSON" in done.output
     assert "Recovered" in done.output
     assert len(cases(killed / "junit.xml")) == 7
+    assert not (killed / "index.html").exists()
 
 
 @pytest.mark.parametrize(

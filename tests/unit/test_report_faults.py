@@ -17,6 +17,7 @@ from kvcycle.faults.campaign import Result, uncovered, worst
 from kvcycle.faults.catalogue import Fault, Target
 from kvcycle.record import Outcome
 from kvcycle.report.faults import save, show_matrix, summary, why_not
+from kvcycle.report.page.faults import draw
 
 FIRST, SECOND, THIRD = list(CHECKS)[:3]
 
@@ -35,13 +36,13 @@ def result(name: str = "a-fault", **changes: Any) -> Result:
     outcomes |= {FIRST: "fail", SECOND: "inconclusive", THIRD: "fail", list(CHECKS)[-1]: "not-run"}
     values: dict[str, Any] = {
         "fault": fault, "outcomes": outcomes, "missed": (), "false_alarms": (), "named": True, "message": "said why",
-        "seconds": 1.25,
+        "alarm": "", "seconds": 1.25,
     }  # fmt: skip
     return Result(**(values | changes))
 
 
 MISSED = result("a-missed-fault", missed=(FIRST,), outcomes=dict.fromkeys(CHECKS, "pass") | {SECOND: "inconclusive"})
-ACCUSED = result("a-false-alarm", false_alarms=(list(CHECKS)[4],))
+ACCUSED = result("a-false-alarm", false_alarms=(list(CHECKS)[4],), alarm="4 B more.")
 
 
 def shown(*results: Result) -> list[str]:
@@ -67,7 +68,7 @@ def test_what_was_not_caught_says_why() -> None:
     lines = "\n".join(shown(result(), MISSED, ACCUSED))
     assert "NOT CAUGHT a-fault " not in lines
     assert f"NOT CAUGHT a-missed-fault (Something is wrong): {FIRST} did not turn red." in lines
-    assert why_not(ACCUSED) == f"{list(CHECKS)[4]} turned red and should not have."
+    assert why_not(ACCUSED) == f"{list(CHECKS)[4]} turned red and should not have: 4 B more."
     unnamed = result(named=False, message="something else")
     assert why_not(unnamed) == "no message says 'why'; the first says: something else."
 
@@ -105,3 +106,16 @@ def test_the_results_are_saved_for_whoever_draws_them(tmp_path: Path) -> None:
     assert entry["red"] == sorted([FIRST, SECOND])
     assert entry["outcomes"][SECOND] == "inconclusive"
     assert entry["caught"] is True
+
+
+def test_the_page_has_the_matrix_and_what_was_not_caught_first() -> None:
+    text = draw([result(), MISSED, ACCUSED], name="tiny <b>", whole=False)
+    assert text.index('id="fault-a-missed-fault"') < text.index('id="fault-a-fault"')
+    assert "FAILED" in text
+    assert "simulated-on-cpu" in text
+    assert "tiny &lt;b&gt;" in text
+    assert f'title="{FIRST} missed: it should have turned red"><i class="wrong">M</i>' in text
+    assert text.count("<tr><th") == 3
+    assert text.count('<th scope="col"') == len(CHECKS)
+    assert "What was not caught" not in draw([result()], name="tiny", whole=False)
+    assert "No fault was planted." in draw([], name="tiny")

@@ -1,9 +1,8 @@
-"""What a person sees of a soak: in the terminal, in a log, and on its page."""
+"""What a person sees of a soak: in the terminal, and in a log."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from statistics import median_low
 
 import pytest
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from kvcycle.checks import SOAK_CHECKS, judge
 from kvcycle.record import Record
-from kvcycle.report import soak_page, terminal
+from kvcycle.report import terminal
 from kvcycle.report.soak import buckets, duration, progress_line, show, sparkline
 from kvcycle.soak_command import SoakProgress
 from tests.unit.records import RSS_BASE, good_record
@@ -139,48 +138,7 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_in_a_log(terminal_: boo
         assert [line.split(",")[0] for line in said[1:]] == ["cycle 1 of 40", "cycle 40 of 40"]
 
 
-def page_of(record: Record, folder: Path) -> str:
-    soak_page.write(record, judge(record), folder / "soak.html")
-    return (folder / "soak.html").read_text(encoding="utf-8")
-
-
-def test_the_page_has_curves_figures_and_verdicts_and_needs_no_network(tmp_path: Path) -> None:
-    page = page_of(LEAK, tmp_path)
-    assert "<script src=" not in page
-    assert "<link " not in page
-    assert "Plotly.newPlot" in page
-    text = page.replace("\n", " ")
-    assert "FAILED</span> Soak of tiny on 4 cpu devices" in text
-    assert "simulated-on-cpu" in page
-    assert "device 3" in page
-    assert page.index("soak cycle 5 of 40, device1, ledger") < page.index("soak.same_output")
-    assert "20.00 KiB (20,480 B)" in page
-
-
-def test_a_good_page_and_one_of_a_tpu(tmp_path: Path) -> None:
-    assert "PASSED</span>" in page_of(GOOD, tmp_path)
-    page = page_of(WIDE, tmp_path)
-    assert "measured-on-tpu" in page
-    assert "Resident memory" not in page
-
-
-def test_names_on_the_page_are_text(tmp_path: Path) -> None:
-    evil = GOOD.model_copy(update={"profile": GOOD.profile | {"name": "<script>alert(1)</script>"}})
-    page = page_of(evil, tmp_path)
-    assert "<script>alert(1)" not in page
-    assert "&lt;script&gt;alert(1)" in page
-
-
-def test_a_soak_that_did_not_begin_has_a_page_too(tmp_path: Path) -> None:
-    assert "0 of 40" in page_of(edit_soak(GOOD, points=(), before=()), tmp_path)
-
-
-def test_no_page_without_a_soak(tmp_path: Path) -> None:
-    soak_page.write(good_record(), [], tmp_path / "soak.html")
-    assert not (tmp_path / "soak.html").exists()
-
-
-def test_resident_memory_is_drawn_as_it_was(tmp_path: Path) -> None:
+def test_resident_memory_is_drawn_as_it_was() -> None:
     swinging = edit_points(
         GOOD, range(1, 41), lambda p, cycle: p.model_copy(update={"rss_bytes": RSS_BASE + cycle * 4096})
     )

@@ -38,7 +38,7 @@ def test_a_soak_that_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     done = run(monkeypatch, tmp_path, GOOD)
     assert done.exit_code == 0
     assert "PASSED [simulated-on-cpu] tiny" in done.output
-    assert sorted(path.name for path in (tmp_path / "latest").iterdir()) == ["record.json", "soak.html"]
+    assert sorted(path.name for path in (tmp_path / "latest").iterdir()) == ["index.html", "record.json"]
 
 
 def test_a_violation_is_exit_code_1_and_its_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_an_interrupted_soak_is_exit_code_130_and_no_pass(monkeypatch: pytest.Mo
     assert done.exit_code == 130
     assert "inconclusive soak.no_growth: run: the soak ended after 20 of 40 cycles." in done.output
     assert "FAILED [simulated-on-cpu]" in done.output
-    assert (tmp_path / "latest" / "soak.html").exists()
+    assert (tmp_path / "latest" / "index.html").exists()
 
 
 def test_a_whole_cycle_that_does_not_pass_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class Result:
         false_alarms: checks that turned red and should not have.
         named: whether the message or a likely cause of a red verdict names the cause.
         message: the first red verdict's message, of a check that should be red.
+        alarm: the first red verdict's message, of a check that should not.
         seconds: how long the run took.
     """
 
@@ -57,6 +58,7 @@ class Result:
     false_alarms: tuple[str, ...]
     named: bool
     message: str
+    alarm: str
     seconds: float
 
     @property
@@ -165,13 +167,15 @@ def _result(fault: Fault, verdicts: list[Verdict], seconds: float) -> Result:
     red = {check for check, outcome in outcomes.items() if outcome in _RED}
     told = [v for v in verdicts if v.id in fault.red and v.verdict in _RED]
     named = [v for v in told if any(fault.says in text for text in (v.message, *v.causes))]
+    false_alarms = red - fault.red - fault.also
     return Result(
         fault=fault,
         outcomes=outcomes,
         missed=tuple(sorted(fault.red - red)),
-        false_alarms=tuple(sorted(red - fault.red - fault.also)),
+        false_alarms=tuple(sorted(false_alarms)),
         named=bool(named),
         message=(named or told)[0].message if told else "",
+        alarm=next((v.message for v in verdicts if v.id in false_alarms and v.verdict in _RED), ""),
         seconds=seconds,
     )
 

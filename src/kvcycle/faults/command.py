@@ -46,7 +46,9 @@ def faults_command(
 
     import kvcycle
     from kvcycle.faults.campaign import Campaign
+    from kvcycle.report import page
     from kvcycle.report.faults import save, show_matrix, summary, why_not
+    from kvcycle.report.page import faults as faults_page
 
     say(f"booting {loaded.name} on {loaded.devices_needed} virtual CPU devices, for {len(chosen)} faults")
     results = []
@@ -70,6 +72,7 @@ def faults_command(
     line, good = summary(results, whole=not only)
     style = "bold green" if good else "bold red"
     console.print(f"[{style}]{'PASSED' if good else 'FAILED'}[/] \\[simulated-on-cpu] {line}", soft_wrap=True)
-    console.print(f"Reports: {run_dir}", soft_wrap=True)
+    reports = page.written(run_dir, lambda: faults_page.draw(results, name=loaded.name, whole=not only))
+    console.print(reports, soft_wrap=True, markup=False)
     if not good:
         raise typer.Exit(1)

@@ -25,8 +25,8 @@ def show_matrix(results: Sequence[Result], console: Console) -> None:
     for result in results:
         row = Text(result.fault.id.ljust(width + 2), style="" if result.caught else "bold red")
         for check in CHECKS:
-            mark = _mark(result, check)
-            row.append(mark, style=_STYLE.get(mark, "")).append(" ")
+            sign = mark(result, check)
+            row.append(sign, style=_STYLE.get(sign, "")).append(" ")
         row.append(f"{result.seconds:6.1f} s", style="dim")
         console.print(row, soft_wrap=True)
     console.print(_LEGEND, style="dim", soft_wrap=True)
@@ -45,10 +45,10 @@ def why_not(result: Result) -> str:
     if result.missed:
         parts.append(f"{', '.join(result.missed)} did not turn red")
     if result.false_alarms:
-        parts.append(f"{', '.join(result.false_alarms)} turned red and should not have")
+        parts.append(f"{', '.join(result.false_alarms)} turned red and should not have: {result.alarm}")
     if not result.named:
         parts.append(f"no message says {result.fault.says!r}; the first says: {result.message or 'nothing'}")
-    return "; ".join(parts) + "."
+    return "; ".join(parts).removesuffix(".") + "."
 
 
 def summary(results: Sequence[Result], *, whole: bool = True) -> tuple[str, bool]:
@@ -89,7 +89,8 @@ def save(results: Sequence[Result], path: Path) -> None:
     )
 
 
-def _mark(result: Result, check: str) -> str:
+def mark(result: Result, check: str) -> str:
+    """One character for what a check made of a fault; the legend says which."""
     outcome = result.outcomes.get(check)
     if check in result.missed:
         return "M"

@@ -31,6 +31,7 @@ from junitparser.junitparser import FinalResult
 from kvcycle.checks import judge
 from kvcycle.errors import RecordError, RecoveryError
 from kvcycle.record import Record
+from kvcycle.report import page
 
 JUNIT, LOG, RECORD = "junit.xml", "reportlog.jsonl", "record.json"
 #: The type of the line, written by the suite (fixtures/ending.py), that names the tests in the order they run in.
@@ -130,6 +131,8 @@ def recover(run_dir: Path, cause: str = "The run was killed while this test ran.
     temporary = junit.with_name(f".{JUNIT}-recovered")
     whole.write(str(temporary), pretty=True)
     temporary.replace(junit)
+    if record is not None:
+        page.try_to_write(run_dir / page.PAGE, lambda: page.draw(record, record.checks))
     return Recovered(junit, outcomes, running, record, problem)
 
 
