@@ -12,12 +12,11 @@ import os
 import sys
 from typing import Any
 
-from kvcycle.errors import UnsupportedEngineError
-
 
 def main() -> None:
     """Start the server; ends when it does."""
     from kvcycle import http_api, internals, service
+    from kvcycle.errors import UnsupportedEngineError
     from kvcycle.occupation import MemoryOccupation
     from kvcycle.remote import Remote
     from kvcycle.server_args import ServerArgs
@@ -26,7 +25,7 @@ def main() -> None:
     stock = internals.http_server()
     endpoints = http_api.Endpoints(stock)
     try:
-        check_served(arguments)
+        service.check_served(arguments)
         http_api.install(stock.app, endpoints)
     except UnsupportedEngineError as error:
         sys.exit(f"kvcycle.serve: {error}")
@@ -44,27 +43,6 @@ def main() -> None:
         internals.launch_http_server(arguments, connected)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
-
-
-def check_served(arguments: Any) -> None:
-    """Refuse, before anything boots, an engine that could not be served; ``arguments`` is sglang-jax's ServerArgs.
-
-    Raises:
-        UnsupportedEngineError: it is on several hosts, disaggregated, or multimodal with several stages.
-    """
-    refused = {
-        "nnodes": 1,
-        "multimodal": False,
-        "disaggregation_mode": "null",
-        "pd_disaggregation": None,
-    }
-    for name, usual in refused.items():
-        value = getattr(arguments, name, usual)
-        if value and value != usual:
-            raise UnsupportedEngineError(
-                f"kvcycle cannot serve an engine with {name}={value!r}: its memory is not one scheduler's to release. "
-                f"Start it without that, or with sgl_jax.launch_server and without release_memory_occupation."
-            )
 
 
 if __name__ == "__main__":

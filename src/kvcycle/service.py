@@ -36,6 +36,27 @@ def install() -> None:
     internals.after_making_schedulers(Service)
 
 
+def check_served(arguments: Any) -> None:
+    """Refuse, before anything boots, an engine that could not be served; ``arguments`` is sglang-jax's ServerArgs.
+
+    Raises:
+        UnsupportedEngineError: it is on several hosts, disaggregated, or multimodal with several stages.
+    """
+    refused = {
+        "nnodes": 1,
+        "multimodal": False,
+        "disaggregation_mode": "null",
+        "pd_disaggregation": None,
+    }
+    for name, usual in refused.items():
+        value = getattr(arguments, name, usual)
+        if value and value != usual:
+            raise UnsupportedEngineError(
+                f"kvcycle cannot serve an engine with {name}={value!r}: its memory is not one scheduler's to release. "
+                f"Start it without that, or with sgl_jax.launch_server and without release_memory_occupation."
+            )
+
+
 class Service:
     """Takes and answers the messages of one scheduler.
 
@@ -44,13 +65,14 @@ class Service:
     """
 
     def __init__(self, scheduler: Any) -> None:
+        check_served(getattr(scheduler, "server_args", None))
         # What kvcycle calls an engine, as far as it is in this process; without the requests' side.
         self._channel = inband.Channel(SimpleNamespace(scheduler_info={"scheduler": scheduler}))
         compiles.total()  # counts from now on: the first generation is the control of every zero after it
         for part in _PARTS.values():
             self._channel.part(part)
         self._socket = internals.answer_socket(scheduler)
-        self._unanswered: dict[int, tuple[inband.Pending, Ask]] = {}
+        self._unanswered: dict[int, inband.Pending] = {}
         self._channel.take(Ask, self._receive)
         self._channel.take(Withdraw, self._withdraw)
         if jax.default_backend() == "cpu":
@@ -72,13 +94,12 @@ class Service:
             message.wait_for_requests,
             message.expires_s,
         )
-        self._unanswered[message.ticket] = pending, message
+        self._unanswered[message.ticket] = pending
         pending.future.add_done_callback(functools.partial(self._answer, message.ticket, operation))
         self._channel.admit(pending)
 
     def _withdraw(self, message: Withdraw) -> None:
-        if message.ticket in self._unanswered:
-            pending, _ = self._unanswered[message.ticket]
+        if (pending := self._unanswered.get(message.ticket)) is not None:
             self._channel.withdraw(pending)
 
     def _answer(self, ticket: int, operation: Callable[..., Any], future: Future[Any]) -> None:
