@@ -70,7 +70,7 @@ def main(arguments: dict[str, Any]) -> dict[str, Any]:
         resuming.join()
     kv.flush()
     seen["states"].append(kv.state)
-    seen["left"] = [now - at_rest[device] for device, now in in_use().items()]
+    seen["resident"] = [[use.by_owner["kv"], use.by_owner["weights"]] for use in kv.snapshot().devices]
     seen["nonzero_after_rebuild"] = bool(kv.nonzero_slots())
     engine.release_memory_occupation(tags=["kv_cache"])
     seen["tags"] = list(occupation.released)
