@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvcycle.errors import KVCycleError as KVCycleError
     from kvcycle.errors import MemoryOccupationError as MemoryOccupationError
     from kvcycle.errors import RebuildError as RebuildError
-    from kvcycle.kv_cache import Freed as Freed
+    from kvcycle.kv_buffers import Freed as Freed
     from kvcycle.kv_cache import KVCache as KVCache
     from kvcycle.memory import MemorySnapshot as MemorySnapshot
     from kvcycle.memory import snapshot as snapshot
@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from kvcycle.profile_file import load_profile as load_profile
     from kvcycle.record import Record as Record
     from kvcycle.record import Verdict as Verdict
+    from kvcycle.server_args import ServerArgs as ServerArgs
     from kvcycle.weights import Weights as Weights
 
 #: Public name → the module that defines it, imported when the name is first used.
 _PUBLIC = {
     "EngineBusyError": "errors",
-    "Freed": "kv_cache",
+    "Freed": "kv_buffers",
     "KVCache": "kv_cache",
     "KVCacheStateError": "errors",
     "KVCycleError": "errors",
@@ -50,6 +51,7 @@ _PUBLIC = {
     "Profile": "profile",
     "RebuildError": "errors",
     "Record": "record",
+    "ServerArgs": "server_args",
     "Verdict": "record",
     "Weights": "weights",
     "boot": "engine",

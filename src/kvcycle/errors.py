@@ -63,8 +63,16 @@ class MemoryOccupationError(KVCycleError):
     """A tag of release_memory_occupation() or resume_memory_occupation() that is none, or does not fit the state."""
 
 
-class WeightsStateError(MemoryOccupationError):
+class OccupationStateError(MemoryOccupationError):
+    """A tag that is released, or resident, already."""
+
+
+class WeightsStateError(OccupationStateError):
     """The call does not fit the state of the weights (released twice, resumed while resident, nothing to resume)."""
+
+
+class HostMemoryError(WeightsStateError):
+    """The host has no room for the copy of the weights that a release keeps."""
 
 
 class WeightsReleasedError(KVCycleError):

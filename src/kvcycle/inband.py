@@ -14,6 +14,7 @@ seen on sglang-jax 0.1.0rc0 and 0.0.3rc0 (the rest stands in ``internals.py``):
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,27 +22,25 @@ from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Concatenate, cast
 
+from kvcycle.calls import At, When
 from kvcycle.errors import EngineBusyError, EngineCrashedError
 from kvcycle.internals import (
     after_idle_work,
     between_batches,
     is_fully_idle,
+    refuse_requests,
     scheduler_of,
     unfinished_requests,
     warn_if_untested,
 )
 
-#: "now": between two iterations. "between": between two iterations, and no request is half-way from the prefill to the
-#: running batch. "idle": no request is queued or running and the pipeline has drained, or the channel is held.
-At = Literal["idle", "between", "now"]
-
 #: How often a waiting caller looks whether the engine has died meanwhile.
 _POLL_S = 0.25
 
-#: How long finished requests may take to drain, where nobody says otherwise.
-DRAIN_S = 60.0
+#: The longest that making a part, or anything else that allocates and copies whole caches, may take.
+ATTACH_S = 600.0
 
 #: How long an interrupted caller waits for the end of what has begun; what takes longer may never end.
 _INTERRUPTED_S = 10.0
@@ -55,11 +54,21 @@ class Call:
 
 
 @dataclass
-class _Pending:
+class Pending:
+    """A call on its way to the right moment on the scheduler's thread, and what becomes of it."""
+
     function: Callable[[], Any]
     at: At
     wait_for_requests: bool
+    #: By time.monotonic(): a call that comes to be looked at later is not begun.
+    expires_s: float = math.inf
+    since_s: float = field(default_factory=time.monotonic)
     future: Future[Any] = field(default_factory=Future)
+
+    def refuse(self, error: Exception) -> None:
+        """Answer with the error, unless the caller has given up."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
 
 
 class Channel:
@@ -75,11 +84,12 @@ class Channel:
         #: What the engine lacks for a forward ("kv_cache", "weights"); set and cleared on the scheduler's thread.
         self.lacking: set[str] = set()
         self._tickets = itertools.count(1)
-        self._pending: dict[int, _Pending] = {}
-        self._deferred: list[_Pending] = []
+        self._pending: dict[int, Pending] = {}
+        self._deferred: list[Pending] = []
         self._send_lock = threading.Lock()
-        self._parts: dict[type[Any], Any] = {}
-        self._parts_lock = threading.RLock()  # a part may be made of others
+        self._tools: dict[type[Any], Any] = {}
+        self._tools_lock = threading.RLock()
+        self._parts: dict[Callable[..., Any], Any] = {}
         self._install()
 
     @property
@@ -87,15 +97,69 @@ class Channel:
         """While True no batch is forwarded; requests that reach the scheduler wait in its queue."""
         return bool(self.lacking)
 
-    def part[T](self, kind: type[T], make: Callable[[], T]) -> T:
-        """The engine's one object of this kind: made at the first call, the same at every later one."""
-        with self._parts_lock:
-            if kind not in self._parts:
-                self._parts[kind] = make()
-            return cast(T, self._parts[kind])
+    def tool[T](self, kind: type[T], make: Callable[[], T]) -> T:
+        """The engine's one object of this kind on the callers' side: made at the first call, the same ever after."""
+        with self._tools_lock:
+            if kind not in self._tools:
+                self._tools[kind] = make()
+            return cast(T, self._tools[kind])
+
+    def part[Part](self, part: Callable[[Channel], Part]) -> Part:
+        """The engine's one object of this part (see ``calls.py``); on the scheduler's thread, where it is made."""
+        if part not in self._parts:
+            self._parts[part] = part(self)
+        return cast(Part, self._parts[part])
+
+    def here[Part](self, part: Callable[[Channel], Part]) -> Part:
+        """The same for a caller on any thread: made, where it is new, once the engine is idle."""
+        if (found := self._parts.get(part)) is not None:
+            return cast(Part, found)
+        return self.call(lambda: self.part(part), at="idle", timeout_s=ATTACH_S)
+
+    def ask[Part, **P, T](
+        self,
+        part: Callable[[Channel], Part],
+        operation: Callable[Concatenate[Part, P], T],
+        when: When,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run an operation of a part, as :class:`kvcycle.calls.Way` has it; raises what :meth:`call` raises."""
+
+        def run() -> T:
+            result: T = getattr(self.part(part), operation.__name__)(*args, **kwargs)
+            if when.done is not None:
+                when.done.append(result)
+            return result
+
+        return self.call(
+            run,
+            at=when.at,
+            timeout_s=when.timeout_s,
+            wait_for_requests=when.wait_for_requests,
+            abandoned=when.abandoned,
+        )
+
+    def take[Message](self, kind: type[Message], handler: Callable[[Message], None]) -> None:
+        """Let the scheduler's loop hand messages of this kind to ``handler``, on its thread; it must not raise."""
+        self.scheduler._request_dispatcher._mapping.append((kind, handler))
+
+    def refuse_requests(self, reason: Callable[[], Exception | None]) -> None:
+        """Let requests fail in their callers with what ``reason()`` returns, where their callers are in this process.
+
+        In process a waiting caller would wait for itself. Another process's requests wait in the scheduler's queue.
+        """
+        if getattr(self.engine, "tokenizer_manager", None) is not None:
+            refuse_requests(self.engine, reason)
 
     def call[T](
-        self, function: Callable[[], T], *, at: At = "now", timeout_s: float = 60.0, wait_for_requests: bool = False
+        self,
+        function: Callable[[], T],
+        *,
+        at: At = "now",
+        timeout_s: float = 60.0,
+        wait_for_requests: bool = False,
+        abandoned: Callable[[], bool] = lambda: False,
     ) -> T:
         """Run ``function`` on the scheduler's thread and return what it returns.
 
@@ -104,6 +168,7 @@ class Channel:
             at: the moment, see :data:`At`. ``"idle"`` also waits for the pipeline of finished requests to drain.
             timeout_s: how long to wait for the moment; a call that was not started by then is withdrawn.
             wait_for_requests: with ``"idle"``, wait for queued and running requests instead of refusing.
+            abandoned: asked now and then while waiting; True withdraws a call that was not started.
 
         Raises:
             EngineBusyError: requests are queued or running, or still were when the time was up.
@@ -111,18 +176,18 @@ class Channel:
         """
         if self.crash is not None:
             raise EngineCrashedError(f"The engine is dead and can only be closed: {self.crash}")
-        pending = _Pending(function, at, wait_for_requests)
+        pending = Pending(function, at, wait_for_requests)
         self.send(pending)
-        return cast(T, self._await(pending, timeout_s))
+        return cast(T, self._await(pending, timeout_s, abandoned))
 
-    def send(self, pending: _Pending) -> None:
+    def send(self, pending: Pending) -> None:
         """Send the message to the scheduler's thread, and do not wait for an answer."""
         with self._send_lock:  # the socket is not thread-safe
             ticket = next(self._tickets)
             self._pending[ticket] = pending
             self.engine.send_to_rpc.send_pyobj(Call(ticket))
 
-    def _await(self, pending: _Pending, timeout_s: float) -> Any:
+    def _await(self, pending: Pending, timeout_s: float, abandoned: Callable[[], bool]) -> Any:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -138,17 +203,11 @@ class Channel:
             if self.crash is not None:
                 raise EngineCrashedError(f"The engine died while it was asked: {self.crash}")
             # A call that has begun is not withdrawn: cancel() says False, and its end is awaited.
-            if time.monotonic() > deadline and pending.future.cancel():
-                counts = unfinished_requests(self.scheduler)
-                raise EngineBusyError(
-                    f"The engine did not become idle within {timeout_s:g} s: {_counts_text(counts)}. "
-                    "Wait for the requests, abort them, or allow more time.",
-                    counts,
-                )
+            if (time.monotonic() > deadline or abandoned()) and pending.future.cancel():
+                raise not_idle(timeout_s, unfinished_requests(self.scheduler))
 
     def _install(self) -> None:
-        mapping = self.scheduler._request_dispatcher._mapping
-        mapping.append((Call, self._receive))
+        self.take(Call, self._receive)
         next_batch = self.scheduler.get_next_batch_to_run
 
         def next_batch_unless_held() -> Any:
@@ -171,30 +230,47 @@ class Channel:
         return at == "now" or between_batches(self.scheduler)
 
     def _receive(self, message: Call) -> None:
-        """On the scheduler's thread: run now, put off to the right moment, or refuse."""
         self.thread = threading.current_thread()
-        pending = self._pending.pop(message.ticket, None)
-        if pending is None:
-            return
-        if self._has_come(pending.at):
+        if (pending := self._pending.pop(message.ticket, None)) is not None:
+            self.admit(pending)
+
+    def admit(self, pending: Pending) -> None:
+        """On the scheduler's thread: run now, put off to the right moment, or refuse."""
+        if time.monotonic() <= pending.expires_s and self._has_come(pending.at):
             _run(pending)
             return
         counts = unfinished_requests(self.scheduler)
-        if pending.at == "idle" and any(counts.values()) and not pending.wait_for_requests:
-            if pending.future.set_running_or_notify_cancel():
-                pending.future.set_exception(
-                    EngineBusyError(
-                        f"The engine is busy: {_counts_text(counts)}. Wait for the requests, or see drop(wait_s=…) "
-                        "and drop(mode='abort' or 'retract').",
-                        counts,
-                    )
+        if time.monotonic() > pending.expires_s:
+            pending.refuse(EngineBusyError(f"The engine was asked too late: {_counts_text(counts)}.", counts))
+        elif pending.at == "idle" and any(counts.values()) and not pending.wait_for_requests:
+            pending.refuse(
+                EngineBusyError(
+                    f"The engine is busy: {_counts_text(counts)}. Wait for the requests, or see drop(wait_s=…) "
+                    "and drop(mode='abort' or 'retract').",
+                    counts,
                 )
-            return
-        # A reply is sent before the pipeline behind it has drained, so a call right after a generate() waits here.
-        self._deferred.append(pending)
+            )
+        else:
+            # A reply is sent before the pipeline behind it has drained, so a call right after a generate() waits here.
+            self._deferred.append(pending)
+
+    def withdraw(self, pending: Pending) -> None:
+        """On the scheduler's thread: a call that was not begun shall not be."""
+        waited_s = time.monotonic() - pending.since_s
+        pending.refuse(not_idle(waited_s, unfinished_requests(self.scheduler)))
+        self._deferred = [other for other in self._deferred if other is not pending]
 
 
-def _run(pending: _Pending) -> None:
+def not_idle(timeout_s: float, counts: dict[str, int]) -> EngineBusyError:
+    """What a call that was withdrawn at its deadline raises."""
+    return EngineBusyError(
+        f"The engine did not become idle within {round(timeout_s, 2):g} s: {_counts_text(counts)}. "
+        "Wait for the requests, abort them, or allow more time.",
+        counts,
+    )
+
+
+def _run(pending: Pending) -> None:
     if not pending.future.set_running_or_notify_cancel():
         return
     try:
@@ -250,7 +326,7 @@ def stop_scheduler(channel: Channel, *, timeout_s: float = 30.0) -> bool:
     threads = [channel.thread]
     with _quiet_exit():
         if channel.thread is not None and channel.thread.is_alive():
-            channel.send(_Pending(leave, at="now", wait_for_requests=False))
+            channel.send(Pending(leave, at="now", wait_for_requests=False))
             channel.thread.join(timeout_s)
     worker = channel.scheduler.tp_worker
     if (queue := getattr(worker, "input_queue", None)) is not None:

@@ -9,6 +9,9 @@ Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0; what only one of them has is asked for
 - ``scheduler.on_idle``, or ``check_tree_cache`` (0.0.3rc0): what the loop calls when there is nothing to do;
 - ``scheduler.is_fully_idle``, or ``_can_flush_cache`` (0.0.3rc0): whether the pipeline of finished requests is empty;
 - ``scheduler.pause_generation``, ``abort_request`` and the queues that they act on;
+- ``Scheduler.__init__`` and ``scheduler.recv_from_rpc``: the other end of ``engine.send_to_rpc``, whose messages the
+  loop takes; both are DEALERs, so an answer goes back through it, which sglang-jax itself never does;
+- ``http_server``: ``app``, ``launch``, the ``_launch_subprocesses_or_threads`` that it calls, the routes' functions;
 - ``ScheduleBatch._merge_cache_loc`` and the request pool's ``cache_loc_host_buf``, on CPU (0.1.0rc0);
 - ``engine.tokenizer_manager.generate_request``: what generate, async_generate, streaming, encode, rerank and score go
   through, and ``.flush_cache``.
@@ -17,6 +20,7 @@ Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0; what only one of them has is asked for
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -49,7 +53,8 @@ def scheduler_of(engine: Any) -> Any:
     scheduler = info.get("scheduler")
     if scheduler is None:
         raise UnsupportedEngineError(
-            "The engine's scheduler runs in another process; boot the Engine with enable_single_process=True."
+            "The engine's scheduler runs in another process; boot the Engine with enable_single_process=True, or, to "
+            "drop and rebuild its KV cache from here, with Engine(server_args=kvcycle.ServerArgs(...))."
         )
     needed = [
         ("_request_dispatcher",),
@@ -65,6 +70,15 @@ def scheduler_of(engine: Any) -> Any:
             f"This sglang-jax's scheduler has no {', no '.join(missing)}; kvcycle was tested with {_tested_stacks()}."
         )
     return scheduler
+
+
+def is_served_elsewhere(engine: Any) -> bool:
+    """Whether the engine's scheduler runs in another process, and took kvcycle along (see ``server_args.py``)."""
+    info, arguments = getattr(engine, "scheduler_info", None), getattr(engine, "server_args", None)
+    if not isinstance(info, dict) or info.get("scheduler") is not None or arguments is None:
+        return False
+    ours = sys.modules.get("kvcycle.server_args")  # not imported here: that would import sglang-jax
+    return ours is not None and isinstance(arguments, ours.ServerArgs)
 
 
 def warn_if_untested() -> None:
@@ -231,6 +245,60 @@ def rest_when_idle(scheduler: Any, seconds: float = 0.001) -> None:
     For virtual devices only, where a machine of few cores is everything: on an accelerator it would add latency.
     """
     after_idle_work(scheduler, lambda: time.sleep(seconds))
+
+
+def after_making_schedulers(then: Callable[[Any], object]) -> None:
+    """Call ``then`` with every Scheduler that this process makes from now on, when it is made; once in a process."""
+    from sgl_jax.srt.managers.scheduler import Scheduler
+
+    make = Scheduler.__init__
+    if getattr(make, "_kvcycle_then", None) is then:
+        return
+
+    @wraps(make)
+    def make_then(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        make(scheduler, *args, **kwargs)
+        then(scheduler)
+
+    make_then._kvcycle_then = then  # type: ignore[attr-defined] # read above
+    Scheduler.__init__ = make_then
+
+
+def answer_socket(scheduler: Any) -> Any:
+    """The socket by which a scheduler answers who sent it a message with ``engine.send_to_rpc``; on its thread."""
+    return scheduler.recv_from_rpc
+
+
+def http_server() -> Any:
+    """sglang-jax's HTTP server, a module: its ``app`` and the functions of its routes."""
+    from sgl_jax.srt.entrypoints import http_server as module
+
+    return module
+
+
+def launch_http_server(arguments: Any, connected: Callable[[Any], None]) -> None:
+    """Boot an engine and serve it over HTTP until the process is told to end.
+
+    Args:
+        arguments: sglang-jax's ServerArgs.
+        connected: given the socket that takes messages to the engine's scheduler (an Engine's ``send_to_rpc``) when it
+            has booted, before the first request.
+    """
+    import zmq
+    from sgl_jax.srt.server_args import PortArgs
+    from sgl_jax.srt.utils import get_zmq_socket
+
+    module = http_server()
+    launch = module._launch_subprocesses_or_threads
+
+    def launch_and_connect(server_args: Any, port_args: Any = None) -> Any:
+        ports = port_args or PortArgs.init_new(server_args)
+        parts = launch(server_args=server_args, port_args=ports)
+        connected(get_zmq_socket(zmq.Context(1), zmq.DEALER, ports.rpc_ipc_name, True))
+        return parts
+
+    module._launch_subprocesses_or_threads = launch_and_connect
+    module.launch(arguments)
 
 
 def own_cache_locations() -> None:

@@ -12,75 +12,67 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import jax
 
-from kvcycle import capacity, inband, internals
-from kvcycle.buffers import BufferSpec, Slot, ZeroAllocator, ZeroTester, bytes_by_device
-from kvcycle.errors import EngineBusyError, KVCacheDroppedError, KVCacheStateError, RebuildError, UnknownBufferError
-from kvcycle.pools import slots_of, weight_arrays
+from kvcycle.buffers import BufferSpec, Slot
+from kvcycle.calls import DRAIN_S, NOW, At, Way, When
+from kvcycle.errors import EngineBusyError, RebuildError, UnsupportedEngineError
+from kvcycle.inband import ATTACH_S
+from kvcycle.kv_buffers import Buffers, Freed, State
+from kvcycle.memory import MemorySnapshot
+from kvcycle.remote import way_to
 
-State = Literal["resident", "dropped"]
 #: What becomes of queued and running requests at a drop: see :meth:`KVCache.drop`.
 Mode = Literal["refuse", "abort", "retract"]
 
 
-@dataclass(frozen=True)
-class Freed:
-    """What a drop freed: bytes on every device, and how many buffers were deleted of how many.
-
-    ``missing_delete_method`` counts slots whose object could not be deleted; it is 0 unless something is wrong.
-    ``aborted`` and ``retracted`` are the ids of the requests that were, see :meth:`KVCache.drop`.
-    """
-
-    bytes: int
-    bytes_by_device: dict[int, int]
-    buffers: int
-    deleted_buffers: int
-    missing_delete_method: int
-    aborted: tuple[str, ...] = ()
-    retracted: tuple[str, ...] = ()
-
-
 class KVCache:
-    """The KV (and state) buffers of one in-process sglang-jax Engine, which can be dropped and rebuilt.
+    """The KV (and state) buffers of one sglang-jax Engine, which can be dropped and rebuilt.
 
-    Works on any engine booted with ``enable_single_process=True``. Several of these on one engine are the same cache.
-    Attaching compiles the one call that the rebuild makes, so that a rebuild compiles nothing.
+    Works on any engine booted with ``enable_single_process=True``, and on one in another process that was booted with
+    :class:`kvcycle.ServerArgs`. Several of these on one engine are the same cache. Attaching compiles the one call that
+    the rebuild makes, so that a rebuild compiles nothing.
 
     Raises:
         UnsupportedEngineError: the engine's scheduler is out of reach, or a pool holds arrays in unknown places.
     """
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._channel = inband.channel_of(engine)
+        self._channel: Way = way_to(engine)
         # Walked on the scheduler's thread when idle: a forward would hold the arrays.
-        self._buffers = self._channel.part(
-            _Buffers, lambda: self._channel.call(lambda: _Buffers(self._channel), at="idle", timeout_s=_REBUILD_S)
-        )
+        self._here = self._channel.here(Buffers)
+        self._facts = self._here.facts() if self._here else self._channel.ask(Buffers, Buffers.facts, NOW)
 
     @property
     def state(self) -> State:
         """``"resident"`` or ``"dropped"``."""
-        return self._buffers.state
+        return self._here.state if self._here else self._channel.ask(Buffers, Buffers.current_state, NOW)
 
     @property
     def buffers(self) -> int:
         """How many device arrays the pools hold."""
-        return len(self._buffers.slots)
+        return self._facts.buffers
 
     @property
     def bytes_by_device(self) -> dict[int, int]:
         """Device bytes of all buffers on each device when resident, by device id."""
-        return dict(self._buffers.bytes_by_device)
+        return dict(self._facts.bytes_by_device)
 
     @property
     def bytes(self) -> int:
         """Device bytes of all buffers, summed over the devices."""
-        return sum(self._buffers.bytes_by_device.values())
+        return sum(self._facts.bytes_by_device.values())
+
+    @property
+    def _buffers(self) -> Buffers:
+        if self._here is None:
+            raise UnsupportedEngineError(
+                "The engine's scheduler runs in another process, and so do its buffers: slots, specs and arrays cannot "
+                "be handed over. Ask for bytes_by_device, or snapshot()."
+            )
+        return self._here
 
     @property
     def slots(self) -> list[Slot]:
@@ -92,6 +84,16 @@ class KVCache:
         """Shape, dtype, sharding and committedness of the buffer in each slot, as found when attached."""
         return list(self._buffers.specs)
 
+    def snapshot(self, *, largest: int = 0) -> MemorySnapshot:
+        """What is in use on the devices of the process that holds the buffers, by owner (weights, KV cache, other).
+
+        :func:`kvcycle.snapshot` is about the caller's own process, which is another where the engine is.
+
+        Args:
+            largest: how many kinds of unowned arrays to name, those that hold most first.
+        """
+        return self._channel.ask(Buffers, Buffers.snapshot, NOW, largest)
+
     def arrays(self) -> list[jax.Array]:
         """The arrays in the slots now; [] while dropped. A forward replaces them, so do not hold on to them."""
         if self.state == "dropped":
@@ -102,8 +104,8 @@ class KVCache:
         """Delete the buffers and give their memory back.
 
         The pipeline of finished requests is let drain and the prefix cache is flushed first: what the cache knew is
-        gone. Requests meanwhile raise :class:`~kvcycle.errors.KVCacheDroppedError` in their caller; one that had
-        reached the engine already waits for the rebuild.
+        gone. Requests meanwhile raise :class:`~kvcycle.errors.KVCacheDroppedError` in their callers; one that had
+        reached the engine already waits for the rebuild, and so does every one of an engine in another process.
 
         Args:
             wait_s: wait this many seconds for queued and running requests, before ``mode`` decides.
@@ -122,38 +124,23 @@ class KVCache:
 
     def _drop(self, wait_s: float | None, mode: Mode, done: list[Freed]) -> Freed:
         """Drop, and put what was freed into ``done`` the moment it is: an interrupted caller can look there."""
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode={mode!r} is none; use one of {', '.join(get_args(Mode))}.")
-        self._buffers.expect("resident", "dropped already", "call rebuild() first, or use `with kv.released():`")
+        check_mode(mode)
+        self._expect("resident", "dropped already", "call rebuild() first, or use `with kv.released():`")
+        return clear_then(
+            self._channel,
+            wait_s,
+            mode,
+            idle=lambda when, aborted: self._channel.ask(Buffers, Buffers.drop, when, aborted=aborted),
+            retract=lambda when: self._channel.ask(Buffers, Buffers.retract_and_drop, when),
+            done=done,
+        )
 
-        def noting(drop: Callable[[], Freed]) -> Callable[[], Freed]:
-            def run() -> Freed:
-                done.append(drop())
-                return done[-1]
-
-            return run
-
-        if mode == "refuse" or wait_s is not None:
-            try:
-                return self._channel.call(
-                    noting(self._buffers.drop),
-                    at="idle",
-                    timeout_s=wait_s if wait_s is not None else inband.DRAIN_S,
-                    wait_for_requests=wait_s is not None,
-                )
-            except EngineBusyError:
-                if mode == "refuse":
-                    raise
-        if mode == "retract":
-            return self._channel.call(noting(self._buffers.retract_and_drop), at="between", timeout_s=inband.DRAIN_S)
-        with self._buffers.closing():
-            aborted = tuple(self._channel.call(lambda: internals.abort_requests(self._channel.scheduler)))
-            return self._channel.call(
-                noting(lambda: replace(self._buffers.drop(), aborted=aborted)),
-                at="idle",
-                timeout_s=inband.DRAIN_S,
-                wait_for_requests=True,
-            )
+    def _expect(self, state: State, otherwise: str, way_out: str) -> None:
+        """What is wrong from the start needs no wait for requests."""
+        if self._here:
+            self._here.expect(state, otherwise, way_out)
+        else:
+            self._channel.ask(Buffers, Buffers.expect, NOW, state, otherwise, way_out)
 
     def rebuild(self) -> None:
         """Allocate all buffers anew, as zeros, in the same slots of the same objects; compiles nothing.
@@ -163,8 +150,8 @@ class KVCache:
             RebuildError: not enough memory; nothing stays allocated, the cache stays dropped, and this may be called
                 again when room was made.
         """
-        self._buffers.expect("dropped", "resident already", "there is nothing to rebuild before a drop()")
-        self._channel.call(self._buffers.rebuild, at="now", timeout_s=_REBUILD_S)
+        self._expect("dropped", "resident already", "there is nothing to rebuild before a drop()")
+        self._channel.ask(Buffers, Buffers.rebuild, When(timeout_s=ATTACH_S))
 
     @contextmanager
     def released(self, *, wait_s: float | None = None, mode: Mode = "refuse") -> Iterator[Freed]:
@@ -192,130 +179,55 @@ class KVCache:
         The engine's own ``flush_cache()`` refuses right after a ``generate()``, while the pipeline drains, and only
         says so in its return value.
         """
-        self._buffers.expect("resident", "dropped", "it has no prefix cache to empty; rebuild() first")
-        self._channel.call(lambda: internals.flush(self._channel.scheduler), at="idle", timeout_s=inband.DRAIN_S)
+        self._expect("resident", "dropped", "it has no prefix cache to empty; rebuild() first")
+        self._channel.ask(Buffers, Buffers.flush, When("idle", DRAIN_S))
 
     def nonzero_slots(self) -> list[str]:
         """Paths of the slots that hold anything but zeros, or nothing at all: [] right after a rebuild."""
-        return self._channel.call(self._buffers.nonzero_slots, at="now")
+        return self._channel.ask(Buffers, Buffers.nonzero_slots, NOW)
 
 
-#: The longest that a rebuild may take.
-_REBUILD_S = 600.0
-#: What a channel lacks while the cache is dropped.
-_KV_CACHE = "kv_cache"
+def check_mode(mode: str) -> None:
+    """Refuse a mode that is none."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r} is none; use one of {', '.join(get_args(Mode))}.")
 
 
-class _Buffers:
-    """The buffers as the scheduler's thread handles them; one per engine, shared by its KVCache objects."""
+def clear_then[T](
+    channel: Way,
+    wait_s: float | None,
+    mode: Mode,
+    *,
+    idle: Callable[[When, tuple[str, ...]], T],
+    retract: Callable[[When], T],
+    done: list[Any] | None = None,
+    abandoned: Callable[[], bool] = lambda: False,
+) -> T:
+    """Do something that needs the engine idle, when it is or after its requests were made to give way.
 
-    def __init__(self, channel: inband.Channel) -> None:
-        self.channel = channel
-        self.state: State = "resident"
-        #: Requests are being aborted for a drop, so no new one may start.
-        self._closing = False
-        self.slots = slots_of(channel.engine)
-        if not self.slots:
-            raise UnknownBufferError("The engine's pools hold no device array, so there is nothing to drop.")
-        arrays = [slot.get() for slot in self.slots]
-        self.specs = [BufferSpec.of(array) for array in arrays]
-        self.bytes_by_device = bytes_by_device(arrays)
-        self.allocate = ZeroAllocator(self.specs)
-        self._nonzero = ZeroTester(self.specs)
-        # In process a waiting caller would wait for itself, so a request while dropped fails in its caller.
-        internals.refuse_requests(channel.engine, self._refusal)
+    Args:
+        channel: the way to the engine.
+        wait_s: as :meth:`KVCache.drop` has it.
+        mode: as :meth:`KVCache.drop` has it.
+        idle: does it on an idle engine, given the moment and the ids of the requests that were aborted for it.
+        retract: does it between two batches, after putting the running requests back.
+        done: see :class:`kvcycle.calls.When`.
+        abandoned: see :class:`kvcycle.calls.When`.
+    """
 
-    def expect(self, state: State, otherwise: str, way_out: str) -> None:
-        if self.state != state:
-            raise KVCacheStateError(f"The KV cache is {otherwise}; {way_out}.")
+    def when(at: At, timeout_s: float, *, wait_for_requests: bool = False) -> When:
+        return When(at, timeout_s, wait_for_requests=wait_for_requests, done=done, abandoned=abandoned)
 
-    def retract_and_drop(self) -> Freed:
-        """On the scheduler's thread, between batches."""
-        self.expect("resident", "dropped already", "another caller dropped it first; one rebuild() serves both")
-        # Back in the queue they are safe: should the drop fail, they are computed again.
-        retracted = internals.retract_requests(self.channel.scheduler)
-        return replace(self.drop(keep_waiting=True), retracted=tuple(retracted))
-
-    def drop(self, *, keep_waiting: bool = False) -> Freed:
-        """On the scheduler's thread: nothing is running and nothing can start before this returns."""
-        # Asked again here: of two callers that both found it resident, one comes second.
-        self.expect("resident", "dropped already", "another caller dropped it first; one rebuild() serves both")
-        internals.flush(self.channel.scheduler, keep_waiting=keep_waiting)
-        found = {slot.path: slot.find() for slot in self.slots}
-        gone = [path for path, array in found.items() if array is None or array.is_deleted()]
-        if gone:
-            raise KVCacheStateError(
-                f"The KV cache cannot be dropped: {len(gone)} of its {len(found)} buffers are deleted already, first "
-                f"{gone[0]}. Something else than its KVCache deleted them; boot the engine anew."
-            )
-        arrays: list[Any] = list(found.values())
-        # A buffer in use by a pending computation would be freed later; a donated one has no bytes to sum.
-        jax.block_until_ready(arrays)
-        freed_by_device = bytes_by_device(arrays)
-        self.channel.lacking.add(_KV_CACHE)
-        self.state = "dropped"
-        deleted = missing = 0
-        for array in arrays:
-            delete = getattr(array, "delete", None)
-            if delete is None:
-                missing += 1
-                continue
-            delete()
-            deleted += array.is_deleted()
-        return Freed(
-            bytes=sum(freed_by_device.values()),
-            bytes_by_device=freed_by_device,
-            buffers=len(arrays),
-            deleted_buffers=deleted,
-            missing_delete_method=missing,
-        )
-
-    @contextmanager
-    def closing(self) -> Iterator[None]:
-        """Refuse new requests in their callers meanwhile."""
-        self._closing = True
+    if mode == "refuse" or wait_s is not None:
         try:
-            yield
-        finally:
-            self._closing = False
-
-    def rebuild(self) -> None:
-        """On the scheduler's thread."""
-        self.expect("dropped", "resident already", "another caller rebuilt it first")
-        try:
-            arrays = self.allocate()
-        except jax.errors.JaxRuntimeError as error:
-            raise self._no_room(error) from error
-        for slot, array in zip(self.slots, arrays, strict=True):
-            slot.set(array)
-        self.state = "resident"
-        self.channel.lacking.discard(_KV_CACHE)
-
-    def nonzero_slots(self) -> list[str]:
-        self.expect("resident", "dropped", "rebuild() first")
-        flags = self._nonzero([slot.find() for slot in self.slots])
-        return [slot.path for slot, nonzero in zip(self.slots, flags, strict=True) if nonzero]
-
-    def _no_room(self, error: Exception) -> RebuildError:
-        needed = self.bytes_by_device
-        return RebuildError(
-            f"The KV cache could not be rebuilt: "
-            f"{capacity.shortage(error, needed, weight_arrays(self.channel.engine))} It stays dropped: delete what is "
-            "no longer needed, then call rebuild() again.",
-            dict(needed),
-            capacity.free_bytes_by_device(needed),
-        )
-
-    def _refusal(self) -> KVCacheDroppedError | None:
-        if self.state == "resident":
-            return (
-                KVCacheDroppedError(
-                    "The engine cannot serve a request: its KV cache is being dropped, and those before it are aborted."
-                )
-                if self._closing
-                else None
-            )
-        return KVCacheDroppedError(
-            "The engine cannot serve a request: its KV cache is dropped. Call rebuild() on its KVCache, or leave the "
-            "`with kv.released():` block, first."
-        )
+            return idle(when("idle", DRAIN_S if wait_s is None else wait_s, wait_for_requests=wait_s is not None), ())
+        except EngineBusyError:
+            if mode == "refuse":
+                raise
+    if mode == "retract":
+        return retract(when("between", DRAIN_S))
+    try:
+        aborted = tuple(channel.ask(Buffers, Buffers.abort_requests, NOW))
+        return idle(when("idle", DRAIN_S, wait_for_requests=True), aborted)
+    finally:
+        channel.ask(Buffers, Buffers.reopen, NOW)

@@ -1,4 +1,4 @@
-"""``release_memory_occupation`` and ``resume_memory_occupation`` of an in-process engine, alive.
+"""``release_memory_occupation`` and ``resume_memory_occupation`` of an engine, alive.
 
 sglang's two calls by which an RL framework takes the memory for training and gives it back. sglang-jax 0.1.0rc0 has
 them in its client and nothing behind them: they raise a TypeError. After :func:`enable_memory_occupation` they work,
@@ -14,7 +14,6 @@ with sglang's signature and tags, so that a framework which calls them needs no 
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,18 @@ from typing import Any, Literal, cast, get_args
 
 import jax
 
-from kvcycle import inband, internals, memory
-from kvcycle.errors import EngineBusyError, MemoryOccupationError
-from kvcycle.kv_cache import KVCache
+from kvcycle import compiles, internals
+from kvcycle.calls import NOW, Way, When
+from kvcycle.errors import EngineBusyError, MemoryOccupationError, OccupationStateError
+from kvcycle.inband import ATTACH_S, Channel
+from kvcycle.kv_buffers import Buffers, Freed
+from kvcycle.kv_cache import Mode, check_mode, clear_then
+from kvcycle.memory import MemorySnapshot
 from kvcycle.params import ParamSet
-from kvcycle.record import Owner
+from kvcycle.record import Compiles
+from kvcycle.remote import way_to
 from kvcycle.text import nearest
-from kvcycle.weights import Weights
+from kvcycle.weights import Holder
 
 #: sglang's tags. There are no CUDA graphs here: the tag is taken, so that frameworks may name it, and holds no bytes.
 Tag = Literal["kv_cache", "weights", "cuda_graph"]
@@ -36,6 +40,7 @@ TAGS: tuple[Tag, ...] = get_args(Tag)
 #: What becomes of the weights' bits at a release.
 WeightsMode = Literal["keep", "discard"]
 
+_OCCUPATION = "_kvcycle_occupation"
 #: How many kinds of remaining arrays are named.
 _NAMED = 8
 
@@ -51,6 +56,8 @@ class Occupation:
         remaining_bytes_by_device: bytes of every live array of the process that is left on the engine's devices.
         remaining: those of them that are neither weights nor KV cache, alike ones together, the largest first:
             (dtype and shape, bytes summed over the devices).
+        aborted: ids of the requests that were aborted for it.
+        retracted: ids of the requests that were put back into the queue for it, and go on after the resume.
     """
 
     tags: tuple[Tag, ...]
@@ -58,6 +65,8 @@ class Occupation:
     host_bytes: int
     remaining_bytes_by_device: dict[int, int]
     remaining: tuple[tuple[str, int], ...]
+    aborted: tuple[str, ...] = ()
+    retracted: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -65,131 +74,227 @@ class Occupation:
         return sum(self.bytes_by_device.values())
 
 
+@dataclass(frozen=True)
+class OccupationState:
+    """What is released, what a release of each part would free, and what is in use where the scheduler runs.
+
+    Attributes:
+        released: the tags that are released now.
+        bytes_by_device: by tag, the device bytes that it frees or has freed.
+        requests: how many are queued or running, by place; while something is released they wait.
+        memory: what is in use in the scheduler's process now.
+        compiles: what jax's compiler has done in that process since it was first asked, or since it is served.
+    """
+
+    released: tuple[Tag, ...]
+    bytes_by_device: dict[Tag, dict[int, int]]
+    requests: dict[str, int]
+    memory: MemorySnapshot
+    compiles: Compiles
+
+
+class Occupier:
+    """What an engine occupies by sglang's tags, as the scheduler's thread handles it; one per engine.
+
+    Public methods are the operations that a caller may ask for (see ``calls.py``).
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._buffers, self._holder = channel.part(Buffers), channel.part(Holder)
+        self._graphs_released = False
+
+    def released(self) -> tuple[Tag, ...]:
+        """The tags that are released now, in the order of :data:`TAGS`."""
+        states = (self._buffers.state == "dropped", self._holder.state == "released", self._graphs_released)
+        return tuple(tag for tag, released in zip(TAGS, states, strict=True) if released)
+
+    def state(self) -> OccupationState:
+        """What is released and what is in use."""
+        return OccupationState(
+            released=self.released(),
+            bytes_by_device={
+                "kv_cache": self._buffers.bytes_by_device,
+                "weights": self._holder.bytes_by_device,
+                "cuda_graph": {},
+            },
+            requests=internals.unfinished_requests(self._channel.scheduler),
+            memory=self._buffers.snapshot(),
+            compiles=compiles.total(),
+        )
+
+    def to_release(self, tags: Sequence[str] | None) -> tuple[Tag, ...]:
+        """What a release of the tags would release; raises what it would."""
+        return _wanted(tags, "release", lambda tag: tag not in self.released())
+
+    def to_resume(self, tags: Sequence[str] | None) -> tuple[Tag, ...]:
+        """What a resume of the tags would resume; raises what it would."""
+        return _wanted(tags, "resume", lambda tag: tag in self.released())
+
+    def release(
+        self, tags: Sequence[str] | None, keep: bool, retract: bool = False, aborted: tuple[str, ...] = ()
+    ) -> Occupation:
+        """Free what the tags name, all or none; when idle, or between batches with ``retract``."""
+        wanted = self.to_release(tags)
+        retracted = tuple(internals.retract_requests(self._channel.scheduler)) if retract else ()
+        freed = Counter[int]()
+        host_bytes = 0
+        dropped: Freed | None = None
+        try:
+            if "kv_cache" in wanted:
+                dropped = self._buffers.drop(keep_waiting=retract)
+                freed.update(dropped.bytes_by_device)
+            if "weights" in wanted:
+                weights = self._holder.release(keep)
+                freed.update(weights.bytes_by_device)
+                host_bytes = weights.host_bytes
+        except BaseException:
+            if dropped is not None:
+                self._buffers.rebuild()
+            raise
+        self._graphs_released |= "cuda_graph" in wanted
+        left = self._buffers.snapshot(largest=_NAMED)
+        return Occupation(
+            tags=wanted,
+            bytes_by_device=dict(freed),
+            host_bytes=host_bytes,
+            remaining_bytes_by_device={
+                use.id: use.ledger_bytes for use in left.devices if use.id in self._buffers.bytes_by_device
+            },
+            remaining=left.largest_other,
+            aborted=aborted,
+            retracted=retracted,
+        )
+
+    def resume(self, tags: Sequence[str] | None, update: ParamSet | None = None) -> tuple[Tag, ...]:
+        """Take back what the tags name, the weights first; between two iterations."""
+        wanted = self.to_resume(tags)
+        if update is not None and "weights" not in wanted:
+            raise MemoryOccupationError(
+                f"resume_memory_occupation(tags={list(wanted)}) was given new weights (update=…) and does not "
+                "resume the weights; name them as well, or use kvcycle.swap() on weights that are resident."
+            )
+        if "weights" in wanted:
+            self._holder.resume(update)
+        if "kv_cache" in wanted:
+            self._buffers.rebuild()
+        self._graphs_released &= "cuda_graph" not in wanted
+        return wanted
+
+
+def _wanted(tags: Sequence[str] | None, verb: str, fits: Callable[[Tag], bool]) -> tuple[Tag, ...]:
+    call, other = f"{verb}_memory_occupation", "resume" if verb == "release" else "release"
+    if isinstance(tags, str):
+        raise MemoryOccupationError(f"{call}(tags={tags!r}): tags are a list; write tags=[{tags!r}].")
+    for tag in tags or ():
+        if tag not in TAGS:
+            raise MemoryOccupationError(
+                f"{call}(tags={list(tags or ())}): {tag!r} is no tag{nearest(str(tag), TAGS)}; there are "
+                f"{', '.join(TAGS)}, and None for all."
+            )
+    state = "resident" if verb == "resume" else "released"
+    for tag in cast("Sequence[Tag]", tags or ()):
+        if not fits(tag):
+            raise OccupationStateError(
+                f"{call}(tags={list(tags or ())}): {tag!r} is {state} already, so nothing was {verb}d; call "
+                f"{other}_memory_occupation(tags=[{tag!r}]) first."
+            )
+    wanted = tuple(tag for tag in TAGS if (tag in tags if tags else fits(tag)))
+    if not wanted:
+        raise OccupationStateError(
+            f"{call}() was called, and everything is {state} already; call {other}_memory_occupation() first."
+        )
+    return wanted
+
+
 class MemoryOccupation:
     """What an engine occupies by sglang's tags, released and resumed; made by :func:`enable_memory_occupation`.
 
     Args:
-        engine: an in-process sglang-jax Engine.
+        channel: the way to the engine.
         weights: as :func:`enable_memory_occupation` has it.
     """
 
-    def __init__(self, engine: Any, weights: WeightsMode = "keep") -> None:
+    def __init__(self, channel: Way, weights: WeightsMode = "keep") -> None:
         self.mode: WeightsMode = weights
-        self._engine = engine
-        self._kv, self._weights = KVCache(engine), Weights(engine)
-        self._graphs_released = False
-        #: One call at a time: of two that find the same state, one comes second.
-        self._lock = threading.RLock()
+        self._channel = channel
+        channel.here(Occupier)  # made now: what cannot be released should say so before the first release
 
     @property
     def released(self) -> tuple[Tag, ...]:
         """The tags that are released now, in the order of :data:`TAGS`."""
-        states = (self._kv.state == "dropped", self._weights.state == "released", self._graphs_released)
-        return tuple(tag for tag, released in zip(TAGS, states, strict=True) if released)
+        here = self._channel.here(Occupier)
+        return here.released() if here else self._channel.ask(Occupier, Occupier.released, NOW)
 
-    def release(self, tags: Sequence[str] | None = None) -> Occupation:
+    def state(self) -> OccupationState:
+        """What is released, and what is in use where the scheduler runs."""
+        return self._channel.ask(Occupier, Occupier.state, NOW)
+
+    def release(
+        self,
+        tags: Sequence[str] | None = None,
+        *,
+        wait_s: float | None = None,
+        mode: Mode = "refuse",
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> Occupation:
         """Free what the tags name; all of them or, if one cannot be, none.
 
-        Requests meanwhile fail in their caller. What the prefix cache knew is gone with ``kv_cache``, and stays
-        without it.
+        Requests meanwhile fail in their caller, or wait where the engine is in another process. What the prefix cache
+        knew is gone with ``kv_cache``, and stays without it.
 
         Args:
             tags: any of ``kv_cache``, ``weights``, ``cuda_graph``; None or none for whatever is not released yet.
+            wait_s: wait this many seconds for queued and running requests, before ``mode`` decides.
+            mode: what becomes of requests that are queued or running then, see :meth:`kvcycle.KVCache.drop`.
+            abandoned: asked now and then while waiting; True gives up.
 
         Raises:
             MemoryOccupationError: a tag that is none, or is released already.
             EngineBusyError: requests are queued or running; nothing was released.
         """
-        with self._lock:
-            wanted = self._wanted(tags, "release", lambda tag: tag not in self.released)
-            freed = Counter[int]()
-            host_bytes = 0
-            dropped = False
-            try:
-                if "kv_cache" in wanted:
-                    freed.update(self._kv.drop().bytes_by_device)
-                    dropped = True
-                if "weights" in wanted:
-                    weights = self._weights.release(keep=self.mode == "keep")
-                    freed.update(weights.bytes_by_device)
-                    host_bytes = weights.host_bytes
-            except BaseException as error:
-                if dropped:
-                    self._kv.rebuild()
-                if isinstance(error, EngineBusyError):
-                    counts = ", ".join(f"{number} {place}" for place, number in error.counts.items())
-                    raise EngineBusyError(
-                        f"release_memory_occupation() needs an idle engine, and it has requests: {counts}. Nothing was "
-                        "released. Wait for them, or end them with engine.abort_request(abort_all=True).",
-                        error.counts,
-                    ) from error
-                raise
-            self._graphs_released |= "cuda_graph" in wanted
-            return self._occupation(wanted, dict(freed), host_bytes)
+        check_mode(mode)
+        keep = self.mode == "keep"
+        self._channel.ask(Occupier, Occupier.to_release, NOW, tags)  # what is wrong from the start needs no wait
+        try:
+            return clear_then(
+                self._channel,
+                wait_s,
+                mode,
+                idle=lambda when, aborted: self._channel.ask(
+                    Occupier, Occupier.release, when, tags, keep, aborted=aborted
+                ),
+                retract=lambda when: self._channel.ask(Occupier, Occupier.release, when, tags, keep, retract=True),
+                abandoned=abandoned,
+            )
+        except EngineBusyError as error:
+            counts = ", ".join(f"{number} {place}" for place, number in error.counts.items())
+            waited = "" if wait_s is None else f" after {wait_s:g} s"
+            raise EngineBusyError(
+                f"release_memory_occupation() needs an idle engine, and it has requests{waited}: {counts}. Nothing was "
+                "released. Wait for them, or end them with engine.abort_request(abort_all=True).",
+                error.counts,
+            ) from error
 
-    def resume(self, tags: Sequence[str] | None = None, update: ParamSet | Sequence[jax.Array] | None = None) -> None:
+    def resume(
+        self, tags: Sequence[str] | None = None, update: ParamSet | Sequence[jax.Array] | None = None
+    ) -> tuple[Tag, ...]:
         """Take back what the tags name, the weights first; compiles nothing.
 
         Args:
             tags: any of ``kv_cache``, ``weights``, ``cuda_graph``; None or none for whatever is released.
             update: new weights, as :meth:`kvcycle.weights.Weights.resume` takes them; only with the weights.
 
+        Returns:
+            What was resumed.
+
         Raises:
             MemoryOccupationError: a tag that is none, or is not released; weights that were discarded and no new ones.
             ParamSetError: the new weights do not match the engine's, or there is no room for the old ones.
             RebuildError: there is no room for the KV cache. What was resumed before it stays so.
         """
-        with self._lock:
-            wanted = self._wanted(tags, "resume", lambda tag: tag in self.released)
-            if update is not None and "weights" not in wanted:
-                raise MemoryOccupationError(
-                    f"resume_memory_occupation(tags={list(wanted)}) was given new weights (update=…) and does not "
-                    "resume the weights; name them as well, or use kvcycle.swap() on weights that are resident."
-                )
-            if "weights" in wanted:
-                self._weights.resume(update)
-            if "kv_cache" in wanted:
-                self._kv.rebuild()
-            self._graphs_released &= "cuda_graph" not in wanted
-
-    def _wanted(self, tags: Sequence[str] | None, verb: str, fits: Callable[[Tag], bool]) -> tuple[Tag, ...]:
-        call, other = f"{verb}_memory_occupation", "resume" if verb == "release" else "release"
-        if isinstance(tags, str):
-            raise MemoryOccupationError(f"{call}(tags={tags!r}): tags are a list; write tags=[{tags!r}].")
-        for tag in tags or ():
-            if tag not in TAGS:
-                raise MemoryOccupationError(
-                    f"{call}(tags={list(tags or ())}): {tag!r} is no tag{nearest(str(tag), TAGS)}; there are "
-                    f"{', '.join(TAGS)}, and None for all."
-                )
-        state = "resident" if verb == "resume" else "released"
-        for tag in cast("Sequence[Tag]", tags or ()):
-            if not fits(tag):
-                raise MemoryOccupationError(
-                    f"{call}(tags={list(tags or ())}): {tag!r} is {state} already, so nothing was {verb}d; call "
-                    f"{other}_memory_occupation(tags=[{tag!r}]) first."
-                )
-        wanted = tuple(tag for tag in TAGS if (tag in tags if tags else fits(tag)))
-        if not wanted:
-            raise MemoryOccupationError(
-                f"{call}() was called, and everything is {state} already; call {other}_memory_occupation() first."
-            )
-        return wanted
-
-    def _occupation(self, tags: tuple[Tag, ...], freed: dict[int, int], host_bytes: int) -> Occupation:
-        owners: dict[Owner, list[jax.Array]] = {
-            "weights": internals.weight_leaves(self._engine),
-            "kv": self._kv.arrays(),
-        }
-        devices = [device for device in jax.local_devices() if device.id in self._kv.bytes_by_device]
-        left = memory.snapshot(owners, devices=devices, largest=_NAMED)
-        return Occupation(
-            tags=tags,
-            bytes_by_device=freed,
-            host_bytes=host_bytes,
-            remaining_bytes_by_device={use.id: use.ledger_bytes for use in left.devices},
-            remaining=left.largest_other,
-        )
+        given = None if update is None else update if isinstance(update, ParamSet) else ParamSet(tuple(update))
+        return self._channel.ask(Occupier, Occupier.resume, When(timeout_s=ATTACH_S), tags, given)
 
 
 def enable_memory_occupation(engine: Any, weights: WeightsMode = "keep") -> MemoryOccupation:
@@ -201,23 +306,23 @@ def enable_memory_occupation(engine: Any, weights: WeightsMode = "keep") -> Memo
     compiles the one call by which the KV cache comes back. Calling this again changes the mode only.
 
     Args:
-        engine: an Engine booted with ``enable_single_process=True``, by kvcycle or by anybody else.
+        engine: an Engine booted with ``enable_single_process=True``, by kvcycle or by anybody else; or one in another
+            process that was booted with :class:`kvcycle.ServerArgs`, whose requests wait meanwhile.
         weights: ``"keep"``: a release copies them to host memory, and a resume brings back the same bits.
             ``"discard"``: a release deletes them, and a resume needs ``update=``, or :func:`kvcycle.swap` before it.
 
     Raises:
-        UnsupportedEngineError: the engine is in another process, or of an unknown build.
+        UnsupportedEngineError: the engine's scheduler is out of reach, or of an unknown build.
         ValueError: ``weights`` is no mode.
     """
     if weights not in get_args(WeightsMode):
         raise ValueError(f"weights={weights!r} is none; use one of {', '.join(get_args(WeightsMode))}.")
 
-    def enable() -> MemoryOccupation:
-        occupation = MemoryOccupation(engine)
-        _install(engine, occupation)
-        return occupation
-
-    found = inband.channel_of(engine).part(MemoryOccupation, enable)
+    found = getattr(engine, _OCCUPATION, None)
+    if not isinstance(found, MemoryOccupation):
+        found = MemoryOccupation(way_to(engine))
+        _install(engine, found)
+        setattr(engine, _OCCUPATION, found)
     found.mode = weights
     return found
 

@@ -22,19 +22,20 @@ from jax.sharding import SingleDeviceSharding
 
 from kvcycle import capacity, host_memory, inband, internals
 from kvcycle.buffers import BufferSpec, bytes_by_device
+from kvcycle.calls import DRAIN_S, NOW, Way, When
 from kvcycle.errors import (
+    HostMemoryError,
     ParamSetError,
     UnsupportedEngineError,
     WeightsReleasedError,
     WeightsStateError,
 )
 from kvcycle.params import ParamSet, check_same_layout
+from kvcycle.remote import way_to
 from kvcycle.text import exact_bytes
 
 State = Literal["resident", "released"]
 
-#: The longest that copies from and to the host may take.
-_RESUME_S = 600.0
 #: What a channel lacks while they are released.
 _WEIGHTS = "weights"
 
@@ -51,20 +52,22 @@ class Released:
 
 
 class Weights:
-    """The weights of one in-process sglang-jax Engine. Several of these on one engine are the same weights.
+    """The weights of one sglang-jax Engine, in this process or in another one that was booted with kvcycle.ServerArgs.
+
+    Several of these on one engine are the same weights.
 
     Raises:
         UnsupportedEngineError: the engine's scheduler is out of reach.
     """
 
     def __init__(self, engine: Any) -> None:
-        self._channel = inband.channel_of(engine)
-        self._holder = self._channel.part(_Holder, lambda: _Holder(self._channel))
+        self._channel: Way = way_to(engine)
+        self._here = self._channel.here(Holder)
 
     @property
     def state(self) -> State:
         """``"resident"``, or ``"released"``: the engine has no weights until they are resumed, or swapped in."""
-        return self._holder.state
+        return self._here.state if self._here else self._channel.ask(Holder, Holder.current_state, NOW)
 
     def release(self, *, keep: bool = True) -> Released:
         """Delete the weights and give their memory back, once the pipeline of finished requests has drained.
@@ -80,7 +83,7 @@ class Weights:
             EngineBusyError: requests are queued or running (with the counts); nothing was deleted.
             WeightsStateError: released already, or the host has no room for the copy; nothing was deleted.
         """
-        return self._channel.call(lambda: self._holder.release(keep), at="idle", timeout_s=inband.DRAIN_S)
+        return self._channel.ask(Holder, Holder.release, When("idle", DRAIN_S), keep)
 
     def resume(self, update: ParamSet | Sequence[jax.Array] | None = None) -> None:
         """Give the engine its weights again, in both of their owners; compiles nothing.
@@ -96,11 +99,14 @@ class Weights:
                 stays allocated, and this may be called again.
         """
         given = None if update is None else update if isinstance(update, ParamSet) else ParamSet(tuple(update))
-        self._channel.call(lambda: self._holder.resume(given), at="now", timeout_s=_RESUME_S)
+        self._channel.ask(Holder, Holder.resume, When(timeout_s=inband.ATTACH_S), given)
 
 
-class _Holder:
-    """The weights as the scheduler's thread handles them; one per engine."""
+class Holder:
+    """The weights as the scheduler's thread handles them; one per engine.
+
+    Public methods are the operations that a caller may ask for (see ``calls.py``).
+    """
 
     def __init__(self, channel: inband.Channel) -> None:
         self.channel = channel
@@ -109,13 +115,21 @@ class _Holder:
         self._keeps_all = True
         #: The id() of the runner's arrays that were released; the deleted arrays live on in ``_kept`` and in the model.
         self._of_leaves: set[int] = set()
-        internals.refuse_requests(channel.engine, self._refusal)
+        #: Device bytes of all weights on each device when resident, by device id.
+        self.bytes_by_device = bytes_by_device(self._arrays())
+        channel.refuse_requests(self._refusal)
 
     @property
     def state(self) -> State:
+        """``"resident"`` or ``"released"``."""
         return "released" if self._released else "resident"
 
+    def current_state(self) -> State:
+        """The state, for a caller in another process."""
+        return self.state
+
     def release(self, keep: bool) -> Released:
+        """Delete the weights; when idle."""
         if self._released:
             raise WeightsStateError("The weights are released already; resume them first, one resume serves all.")
         arrays = self._arrays()
@@ -144,6 +158,7 @@ class _Holder:
         )
 
     def resume(self, update: ParamSet | None) -> None:
+        """Bring the weights back, or others instead; between two iterations."""
         if not self._released:
             raise WeightsStateError("The weights are resident already; there is nothing to resume before a release.")
         engine = self.channel.engine
@@ -252,7 +267,7 @@ class HostCopy:
 def _copied_to_host(arrays: Sequence[jax.Array]) -> list[HostCopy]:
     needed, free = sum(array.nbytes for array in arrays), host_memory.free_bytes()
     if needed > free:
-        raise WeightsStateError(
+        raise HostMemoryError(
             f"The weights cannot be kept in host memory: they need {exact_bytes(needed)}, and {exact_bytes(free)} "
             "is free. Nothing was released. Discard them, where a training step has new ones (keep=False)."
         )

@@ -367,7 +367,7 @@ def test_of_two_threads_that_release_at_once_one_is_told(
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert sorted(results) == ["MemoryOccupationError", "Occupation"]
+    assert sorted(results) == ["Occupation", "OccupationStateError"]
 
 
 def test_a_cache_that_was_dropped_by_hand_is_resumed_like_any(

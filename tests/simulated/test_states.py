@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import kvcycle
-from kvcycle import internals
+from kvcycle import inband, internals
 from kvcycle.errors import EngineBusyError, KVCacheDroppedError
 from kvcycle.params import perturbed, swapped
 from kvcycle.record import Generate
@@ -268,7 +268,9 @@ def test_the_engines_own_continue_does_not_wake_a_dropped_cache(
 
         await asyncio.to_thread(kv.drop, mode="retract")
         await asyncio.to_thread(
-            lambda: kv._channel.call(lambda: scheduler.continue_generation(ContinueGenerationReqInput()))
+            lambda: inband.channel_of(live_engine).call(
+                lambda: scheduler.continue_generation(ContinueGenerationReqInput())
+            )
         )
         assert internals.unfinished_requests(scheduler)["waiting"] == 3
         await asyncio.to_thread(kv.rebuild)

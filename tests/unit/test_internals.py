@@ -25,7 +25,7 @@ def test_a_call_put_off_runs_after_the_idle_work(version: type[Scheduler003 | Sc
     scheduler = version()
     scheduler.waiting_queue.append("request")
     channel = inband.channel_of(engine_of(scheduler))
-    pending = inband._Pending(lambda: scheduler.did.append("call"), at="idle", wait_for_requests=True)
+    pending = inband.Pending(lambda: scheduler.did.append("call"), at="idle", wait_for_requests=True)
     channel.send(pending)
     scheduler.idle_iteration()
     assert scheduler.did == ["idle work"]

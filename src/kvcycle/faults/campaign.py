@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from kvcycle import capacity, internals
+from kvcycle import capacity, inband, internals
 from kvcycle.checks import CHECKS, judge
 from kvcycle.checks.soak import MIN_CYCLES
 from kvcycle.cycle import run_cycle
@@ -149,7 +149,7 @@ class Campaign:
                 weights = [copy.restore() for copy in bits]
             if any(now is not then for now, then in zip(self.target.weights, weights, strict=True)):
                 internals.set_weights(self.target.engine, weights)
-            self.target.kv._channel.call(self._rebuild_whatever_there_is, at="idle")
+            inband.channel_of(self.target.engine).call(self._rebuild_whatever_there_is, at="idle")
             gc.collect()
 
     def _rebuild_whatever_there_is(self) -> None:

@@ -22,7 +22,7 @@ _OUTPUT, _COMPILES = "weights.same_output", "weights.no_compile"
 
 
 def _holder(target: Target) -> Any:
-    return Weights(target.engine)._holder
+    return Weights(target.engine)._here
 
 
 def _resumed_as(target: Target, change: Change) -> AbstractContextManager[None]:
