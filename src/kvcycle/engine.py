@@ -57,7 +57,7 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
     if chosen == "cpu":
         capacity.check_fits(profile)
         capacity.simulate(profile.on_cpu.limit_bytes)
-        internals.own_cache_locations()
+        internals.own_batch_arrays()
     before = memory.snapshot().devices
     span = compiles.Span()
     containment = Containment()

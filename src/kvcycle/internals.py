@@ -12,7 +12,7 @@ Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0; what only one of them has is asked for
 - ``Scheduler.__init__`` and ``scheduler.recv_from_rpc``: the other end of ``engine.send_to_rpc``, whose messages the
   loop takes; both are DEALERs, so an answer goes back through it, which sglang-jax itself never does;
 - ``http_server``: ``app``, ``launch``, the ``_launch_subprocesses_or_threads`` that it calls, the routes' functions;
-- ``ScheduleBatch._merge_cache_loc`` and the request pool's ``cache_loc_host_buf``, on CPU (0.1.0rc0);
+- ``forward_batch_info.device_array``, on CPU: how a batch's numpy arrays get to the devices;
 - ``engine.tokenizer_manager.generate_request``: what generate, async_generate, streaming, encode, rerank and score go
   through, and ``.flush_cache``.
 """
@@ -28,6 +28,7 @@ from functools import cache, wraps
 from typing import Any
 
 import jax
+import numpy as np
 
 from kvcycle.errors import EngineBusyError, UnsupportedEngineError, UntestedStackWarning
 
@@ -301,25 +302,27 @@ def launch_http_server(arguments: Any, connected: Callable[[Any], None]) -> None
     module.launch(arguments)
 
 
-def own_cache_locations() -> None:
-    """Give every batch an array of cache locations that no later batch overwrites; for virtual devices only.
+def own_batch_arrays() -> None:
+    """Give every batch arrays that share their memory with nothing on the host; for virtual devices only.
 
-    sglang-jax 0.1.0rc0 hands each batch a view of one buffer (``cache_loc_host_buf``), since the transfer to a device
-    copies it. A CPU device takes a numpy array that happens to be aligned to 64 bytes as it is, and under overlap reads
-    it when the next batch is being written: several requests at once then read each other's keys and values, in one
-    process and not in the next. 0.0.3rc0 makes a new array for every batch.
+    A CPU device takes a numpy array that happens to be aligned to 64 bytes as it is, without a copy. sglang-jax counts
+    on the copy: 0.1.0rc0 writes the cache locations of every batch into one buffer (``cache_loc_host_buf``), which the
+    forward before may still be reading, so that under overlap several requests at once read each other's keys and
+    values, in one process and not in the next. And two arrays of a batch made from one numpy array (its lengths) are
+    then one buffer or two, so that a few bytes seem to come and go.
     """
-    from sgl_jax.srt.managers.schedule_batch import ScheduleBatch
+    from sgl_jax.srt.model_executor import forward_batch_info
 
-    merge = ScheduleBatch._merge_cache_loc
-    if hasattr(merge, "__wrapped__"):
+    to_devices = forward_batch_info.device_array
+    if hasattr(to_devices, "__wrapped__"):
         return  # an earlier engine of this process needed it too
 
-    @wraps(merge)
-    def merge_and_copy(*args: Any, **kwargs: Any) -> Any:
-        return merge(*args, **kwargs).copy()
+    @wraps(to_devices)
+    def copied_to_devices(data: Any, *args: Any, **kwargs: Any) -> Any:
+        own = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, data)
+        return to_devices(own, *args, **kwargs)
 
-    ScheduleBatch._merge_cache_loc = merge_and_copy
+    forward_batch_info.device_array = copied_to_devices
 
 
 def refuse_requests(engine: Any, reason: Callable[[], Exception | None]) -> None:

@@ -77,7 +77,7 @@ class Service:
         self._channel.take(Withdraw, self._withdraw)
         if jax.default_backend() == "cpu":
             internals.rest_when_idle(scheduler)
-            internals.own_cache_locations()
+            internals.own_batch_arrays()
 
     def _receive(self, message: Ask) -> None:
         """On the scheduler's thread, as all of this; whatever is wrong is an answer, never the loop's."""

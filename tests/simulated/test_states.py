@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import kvcycle
 from kvcycle import inband, internals
@@ -83,32 +84,31 @@ def in_flight[T](engine: Any, meanwhile: Callable[[], Awaitable[T]]) -> tuple[St
     return engine.loop.run_until_complete(run())  # type: ignore[no-any-return]  # the engine has no types
 
 
-def test_no_batch_reads_cache_locations_that_the_next_one_overwrites(
+def test_no_batch_reads_host_memory_that_the_next_one_overwrites(
     live_engine: Any, undisturbed: list[Tokens], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On virtual devices: a CPU device may read the scheduler's own array, at any time until the forward has ended."""
+    from sgl_jax.srt.model_executor import forward_batch_info
+
     scheduler = internals.scheduler_of(live_engine)
-    pool, run_batch = scheduler.req_to_token_pool, scheduler.run_batch
-    kept = getattr(pool, "cache_loc_host_buf", None)
-    if kept is None:
-        pytest.skip("sglang-jax 0.0.3rc0 makes a new array for every batch")
-    raw = np.zeros(kept.nbytes + 64, np.uint8)
-    aligned = raw[-raw.ctypes.data % 64 :][: kept.nbytes].view(kept.dtype)  # what a CPU device takes without a copy
-    monkeypatch.setattr(pool, "cache_loc_host_buf", aligned)
-    shared: list[tuple[bool, bool]] = []
-
-    def look(batch: Any, *args: Any) -> Any:
-        shape = ([16], [aligned.shape[0]], 1, 16)  # any: what matters is whose memory comes back
-        merge = type(batch)._merge_cache_loc
-        own, theirs = merge(batch, *shape), merge.__wrapped__(batch, *shape)
-        shared.append((np.shares_memory(own, aligned), np.shares_memory(theirs, aligned)))
-        return run_batch(batch, *args)
-
-    monkeypatch.setattr(scheduler, "run_batch", look)
+    aligned = _aligned(getattr(scheduler.req_to_token_pool, "cache_loc_host_buf", np.zeros(4096, np.int32)))
+    monkeypatch.setattr(scheduler.req_to_token_pool, "cache_loc_host_buf", aligned, raising=False)
     answers, _ = in_flight(live_engine, partial(asyncio.sleep, 0))
     assert answers.tokens == undisturbed
-    assert shared
-    assert set(shared) == {(False, True)}
+
+    mesh = internals.runner_of(live_engine).mesh
+    to_devices = forward_batch_info.device_array
+    aliased = {}
+    for name, function in {"kvcycle": to_devices, "sglang-jax": to_devices.__wrapped__}.items():
+        array = function(aligned, sharding=NamedSharding(mesh, PartitionSpec("data")))
+        aliased[name] = array.addressable_shards[0].data.unsafe_buffer_pointer() == aligned.ctypes.data
+    assert aliased == {"kvcycle": False, "sglang-jax": True}
+
+
+def _aligned(like: Any) -> Any:
+    """Zeros of the same shape and type, aligned to 64 bytes: what a CPU device takes without a copy."""
+    raw = np.zeros(like.nbytes + 64, np.uint8)
+    return raw[-raw.ctypes.data % 64 :][: like.nbytes].view(like.dtype)
 
 
 def test_a_refused_drop_changes_nothing_for_several_streams(

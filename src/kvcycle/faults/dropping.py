@@ -116,7 +116,7 @@ def a_hidden_copy_of_all_buffers(target: Target) -> Iterator[None]:
     _delete(copies)
 
 
-@fault(_FREES, also=(_GROWS,), says="cycle0-device1, ledger: bytes in use changed by -32.01 MiB (-33,560,576 B)")
+@fault(_FREES, also=(_GROWS,), says="cycle0-device1, ledger: bytes in use changed by")
 def equal_sums_on_unequal_devices(target: Target) -> Iterator[None]:
     """Device 0 keeps 4,096 bytes and device 1 loses as many more: the sum over the devices is what it should be."""
     first, second = (device for device in jax.local_devices()[:2])
