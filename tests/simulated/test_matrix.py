@@ -72,16 +72,10 @@ def engines(guarded: Guarded, request: pytest.FixtureRequest) -> Iterator[Mappin
 
 #: The noise of resident memory is more than 2 % of pools this small, so here it is bounded in bytes.
 _RSS_NOISE_BYTES = 16 * 2**20
-#: What the engine holds of its last batch differs by some bytes from one idle point to the next, of which a single
-#: cycle has few: what stays is the soak's to find.
-_LAST_BATCH_BYTES = 64
 
 
 def _is_noise(name: str, off: float | None) -> bool:
-    if off is None:
-        return False
-    bound = _RSS_NOISE_BYTES if name.endswith("rss]") else _LAST_BATCH_BYTES if name.startswith("cycles.no_") else 0
-    return abs(off) <= bound
+    return name.endswith("rss]") and off is not None and abs(off) <= _RSS_NOISE_BYTES
 
 
 @pytest.mark.long

@@ -271,8 +271,10 @@ def rebuild_restores_bytes(record: Record) -> Iterator[Verdict]:
 def _residue_above(use: DeviceUse | None, residues: Sequence[dict[int, int]]) -> int:
     """By how much the largest residue of several idle points exceeds the one in a phase's own sample.
 
-    The engine keeps its last batch, which is an array of four bytes smaller after one generation in some twenty. The
-    largest of several is the same before and after; a leak is in every one of them, so it shows to the byte.
+    The engine keeps its last batch. Two of its arrays are made from one numpy array, and on a CPU device are one buffer
+    of four bytes where that happens to be aligned, two where it is not. ``kvcycle.boot()`` keeps them apart; for an
+    engine that the user booted the largest of several is the same before and after. A leak is in every one of them, so
+    it shows to the byte.
     """
     if use is None:
         return 0

@@ -14,8 +14,8 @@ from kvcycle.record import Owner, Record, Soak, Verdict, Witness
 from kvcycle.text import exact_bytes, signed_bytes
 
 #: Idle points in a row that must all lie above the highest of as many before the first drop, to be called growth. The
-#: engine keeps its last batch, four bytes of which come and go from one generation to the next; a leak of one byte
-#: stays, and is in all of them.
+#: engine keeps its last batch, four bytes of which come and go on CPU devices unless ``kvcycle.boot()`` booted it (see
+#: ``internals.own_batch_arrays``); a leak of one byte stays, and is in all of them.
 WINDOW = 5
 
 #: The fewest points that a median of resident memory is taken of.
