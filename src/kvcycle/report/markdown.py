@@ -11,7 +11,7 @@ from kvcycle.checks import CHECKS, passed
 from kvcycle.checks.generation import thresholds_s
 from kvcycle.record import OUTCOMES, PhaseName, Record, Soak, Verdict
 from kvcycle.report.markup import code, plain
-from kvcycle.report.phases import JUDGED, WORST_FIRST, expected_changes, worst
+from kvcycle.report.phases import JUDGED, WORST_FIRST, expected_changes, of_cycle, worst
 from kvcycle.report.soak import compilations, growth_sum
 from kvcycle.report.terminal import WHEN, verdict_line
 from kvcycle.text import seconds, signed_bytes
@@ -67,7 +67,7 @@ def _headline(record: Record, verdicts: Sequence[Verdict], failed_tests: Sequenc
 def _cycle_to_show(record: Record, verdicts: Sequence[Verdict]) -> int | None:
     """The first cycle that did not pass; the first of all where every one did, None where there is none."""
     for index, _ in enumerate(record.cycles):
-        if not passed(_of_cycle(verdicts, index)):
+        if not passed(of_cycle(verdicts, index)):
             return index
     return 0 if record.cycles else None
 
@@ -78,12 +78,12 @@ def _table_title(record: Record, index: int) -> str:
 
 
 def _changes_table(record: Record, verdicts: Sequence[Verdict], index: int) -> str:
-    expected, of_cycle = expected_changes(record), _of_cycle(verdicts, index)
+    expected, judged = expected_changes(record), of_cycle(verdicts, index)
     rows = []
     for name, measured in _changes(record, index).items():
         if name not in JUDGED:
             continue
-        found = [verdict for verdict in of_cycle if verdict.id == JUDGED[name]]
+        found = [verdict for verdict in judged if verdict.id == JUDGED[name]]
         outcome = worst(found)
         by = sorted({verdict.witness or verdict.scope for verdict in found if verdict.verdict == outcome})
         rows.append(
@@ -105,7 +105,7 @@ def _of_other_cycles(record: Record, verdicts: Sequence[Verdict], shown: int) ->
     for index, _ in enumerate(record.cycles):
         if index == shown:
             continue
-        if not passed(_of_cycle(verdicts, index)):
+        if not passed(of_cycle(verdicts, index)):
             words = "did not pass"
         elif _judged_changes(record, index) == _judged_changes(record, shown):
             words = f"passed, every change to the byte as in cycle {shown}"
@@ -209,10 +209,6 @@ def _changes(record: Record, index: int) -> dict[PhaseName, int]:
 
 def _judged_changes(record: Record, index: int) -> dict[PhaseName, int]:
     return {name: change for name, change in _changes(record, index).items() if name in JUDGED}
-
-
-def _of_cycle(verdicts: Sequence[Verdict], index: int) -> list[Verdict]:
-    return [verdict for verdict in verdicts if verdict.scope.split("-")[0] == f"cycle{index}"]
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:

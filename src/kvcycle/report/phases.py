@@ -40,6 +40,11 @@ def worst(verdicts: Iterable[Verdict]) -> Outcome | None:
     return next((outcome for outcome in WORST_FIRST if outcome in outcomes), None)
 
 
+def of_cycle(verdicts: Iterable[Verdict], index: int) -> list[Verdict]:
+    """The verdicts on one cycle."""
+    return [verdict for verdict in verdicts if verdict.scope.split("-")[0] == f"cycle{index}"]
+
+
 def expected_changes(record: Record, device_id: int | None = None) -> dict[PhaseName, int]:
     """By how many bytes each judged phase should change what is in use: on one device, or summed over all.
 

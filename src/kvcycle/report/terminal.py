@@ -15,19 +15,11 @@ from rich.text import Text
 
 from kvcycle.checks import passed
 from kvcycle.checks.generation import thresholds_s
-from kvcycle.record import OUTCOMES, Cycle, PhaseName, Record, Verdict, When
+from kvcycle.record import OUTCOMES, Cycle, Record, Verdict, When
 from kvcycle.report import soak
+from kvcycle.report.phases import JUDGED, expected_changes, of_cycle, worst
 from kvcycle.text import exact_bytes, printable, seconds
 
-#: The phases with an expected change, and the check that judges it.
-_JUDGED: dict[PhaseName, str] = {
-    "kv_cache_dropped": "drop.frees_kv",
-    "sglang_param_dict2_ready": "params2.fits",
-    "kv_cache_rebuilt": "rebuild.restores_bytes",
-    "after_drop_param_dict2": "cycles.no_growth",
-    "weights_released": "weights.released_exact",
-    "weights_resumed": "weights.restored_exact",
-}
 #: Columns of a table that is written to a log or a file.
 LOG_WIDTH = 110
 
@@ -53,7 +45,7 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
     What a record says in words is printed as :class:`~rich.text.Text` and escaped: it can be from anybody.
     """
     for index, cycle in enumerate(record.cycles):
-        if index and _changes(cycle) == _changes(record.cycles[0]) and passed(_of_cycle(verdicts, index)):
+        if index and _changes(cycle) == _changes(record.cycles[0]) and passed(of_cycle(verdicts, index)):
             console.print(f"cycle {index}: every change to the byte as in cycle 0.")
         else:
             table = _phase_table(record, verdicts, index)
@@ -92,12 +84,8 @@ def verdict_line(record: Record, verdicts: Sequence[Verdict]) -> Text:
 
 
 def _changes(cycle: Cycle) -> list[tuple[str, int]]:
-    sums = [(phase.name, phase.ledger_bytes_sum) for phase in cycle.phases if phase.name in _JUDGED]
+    sums = [(phase.name, phase.ledger_bytes_sum) for phase in cycle.phases if phase.name in JUDGED]
     return [(name, size - before) for (_, before), (name, size) in itertools.pairwise(sums)]
-
-
-def _of_cycle(verdicts: Sequence[Verdict], index: int) -> list[Verdict]:
-    return [verdict for verdict in verdicts if verdict.scope.split("-")[0] == f"cycle{index}"]
 
 
 def _phase_table(record: Record, verdicts: Sequence[Verdict], index: int, *, narrow: bool = False) -> Table:
@@ -113,11 +101,13 @@ def _phase_table(record: Record, verdicts: Sequence[Verdict], index: int, *, nar
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     previous: int | None = None
+    changes = expected_changes(record)
     for phase in record.cycles[index].phases:
         change = phase.ledger_bytes_sum - previous if previous is not None else None
-        check = _JUDGED.get(phase.name)
-        expected = _expected(record, phase.name)
-        outcome = _worst(check, verdicts, index) if check else ""
+        check = JUDGED.get(phase.name)
+        expected = changes.get(phase.name)
+        judged = [verdict for verdict in of_cycle(verdicts, index) if verdict.id == check]
+        outcome = (worst(judged) or "inconclusive") if check else ""
         table.add_row(
             phase.name,
             f"{phase.ledger_bytes_sum:,}",
@@ -127,24 +117,6 @@ def _phase_table(record: Record, verdicts: Sequence[Verdict], index: int, *, nar
         )
         previous = phase.ledger_bytes_sum
     return table
-
-
-def _expected(record: Record, name: PhaseName) -> int | None:
-    kv = record.kv.predicted_bytes if record.kv.predicted_bytes is not None else record.kv.bytes
-    changes: dict[PhaseName, int] = {
-        "kv_cache_dropped": -kv,
-        "sglang_param_dict2_ready": record.params.bytes_on_devices,
-        "kv_cache_rebuilt": kv,
-        "after_drop_param_dict2": -record.params.bytes_on_devices,
-        "weights_released": -record.params.bytes_on_devices,
-        "weights_resumed": record.params.bytes_on_devices,
-    }
-    return changes.get(name)
-
-
-def _worst(check: str, verdicts: Sequence[Verdict], index: int) -> str:
-    outcomes = {verdict.verdict for verdict in _of_cycle(verdicts, index) if verdict.id == check}
-    return next((outcome for outcome in ("fail", "inconclusive", "pass") if outcome in outcomes), "inconclusive")
 
 
 def _witness_line(record: Record) -> str:
