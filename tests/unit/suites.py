@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -99,7 +100,14 @@ def suite_on(pytester: pytest.Pytester, source: Path) -> RunSuite:
         keys = ("--kv-set", "cycle.release_weights=false", "--kv-cycles", str(len(record.cycles) or 1))
         platform = ("--kv-platform", "cpu")
         selected = ("-m", "tpu", *platform, *keys, *arguments, "tests/tpu")
-        return pytester.runpytest_inprocess(*plugins, *_REPORTERS, *selected)
+        # Where this session has collected the suite itself, its modules would be taken for those of the copy.
+        originals = {name: module for name, module in sys.modules.items() if name.startswith("tests.tpu")}
+        for name in originals:
+            del sys.modules[name]
+        try:
+            return pytester.runpytest_inprocess(*plugins, *_REPORTERS, *selected)
+        finally:
+            sys.modules.update(originals)
 
     return run
 
