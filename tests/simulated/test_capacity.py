@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,6 +126,7 @@ def test_a_host_that_really_runs_out_leaves_no_partial_allocation(guarded: Run, 
     script.write_text(_EXHAUSTED_SCRIPT)
     done = guarded(str(script), cwd=tmp_path, timeout_s=120)
     assert done.returncode == 0, done.stdout
-    assert "cause: JaxRuntimeError RESOURCE_EXHAUSTED: Out of memory allocating" in done.stdout
+    # jax 0.8.1 names another status before the same words.
+    assert re.search("^cause: JaxRuntimeError .*Out of memory allocating", done.stdout, re.MULTILINE), done.stdout
     assert "nothing stayed: True" in done.stdout
     assert "again: resident" in done.stdout

@@ -28,7 +28,8 @@ from kvcycle.params import perturbed
 from kvcycle.record import Generate
 from kvcycle.weights import digests
 
-KV_BYTES = 33_556_480
+#: On a device: 4 layers of K and V, one head of 128 bfloat16.
+KV_BYTES_A_TOKEN = 4 * 2 * 128 * 2
 WEIGHTS = 5_526_528
 #: Sampling tensors, the last batch, random keys: what an engine of 512 tokens of vocabulary holds besides.
 SMALL_BYTES = 16_384
@@ -54,14 +55,14 @@ def change(before: dict[int, int]) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    ("tags", "bytes_each"),
+    ("tags", "caches", "weights"),
     [
-        (["kv_cache"], KV_BYTES),
-        (["weights"], WEIGHTS),
-        (["weights", "kv_cache"], KV_BYTES + WEIGHTS),
-        (None, KV_BYTES + WEIGHTS),
-        ([], KV_BYTES + WEIGHTS),
-        (["cuda_graph"], 0),
+        (["kv_cache"], 1, 0),
+        (["weights"], 0, 1),
+        (["weights", "kv_cache"], 1, 1),
+        (None, 1, 1),
+        ([], 1, 1),
+        (["cuda_graph"], 0, 0),
     ],
     ids=str,
 )
@@ -71,9 +72,13 @@ def test_every_tag_is_freed_to_the_byte_and_comes_back_without_compiling(
     kv: kvcycle.KVCache,
     generate: Callable[[], Generate],
     cold: Generate,
+    tiny: kvcycle.Profile,
     tags: list[str] | None,
-    bytes_each: int,
+    caches: int,
+    weights: int,
 ) -> None:
+    tokens = tiny.engine.max_total_tokens + tiny.engine.page_size
+    bytes_each = caches * tokens * KV_BYTES_A_TOKEN + weights * WEIGHTS
     kv.flush()
     before, bits = in_use(), digests(live_engine)
     freed = live_engine.release_memory_occupation(tags=tags)
