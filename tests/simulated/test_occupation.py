@@ -77,6 +77,7 @@ def test_every_tag_is_freed_to_the_byte_and_comes_back_without_compiling(
     caches: int,
     weights: int,
 ) -> None:
+    assert tiny.engine.max_total_tokens is not None
     tokens = tiny.engine.max_total_tokens + tiny.engine.page_size
     bytes_each = caches * tokens * KV_BYTES_A_TOKEN + weights * WEIGHTS
     kv.flush()
