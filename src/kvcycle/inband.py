@@ -87,8 +87,6 @@ class Channel:
         self._pending: dict[int, Pending] = {}
         self._deferred: list[Pending] = []
         self._send_lock = threading.Lock()
-        self._tools: dict[type[Any], Any] = {}
-        self._tools_lock = threading.RLock()
         self._parts: dict[Callable[..., Any], Any] = {}
         self._install()
 
@@ -96,13 +94,6 @@ class Channel:
     def held(self) -> bool:
         """While True no batch is forwarded; requests that reach the scheduler wait in its queue."""
         return bool(self.lacking)
-
-    def tool[T](self, kind: type[T], make: Callable[[], T]) -> T:
-        """The engine's one object of this kind on the callers' side: made at the first call, the same ever after."""
-        with self._tools_lock:
-            if kind not in self._tools:
-                self._tools[kind] = make()
-            return cast(T, self._tools[kind])
 
     def part[Part](self, part: Callable[[Channel], Part]) -> Part:
         """The engine's one object of this part (see ``calls.py``); on the scheduler's thread, where it is made."""
