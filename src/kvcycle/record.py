@@ -78,11 +78,15 @@ class Stack(Part):
 
 
 class Device(Part):
-    """One accelerator (or virtual) device; ``limit_bytes`` is its capacity, None where nothing states one."""
+    """One accelerator (or virtual) device; ``limit_bytes`` is its capacity, None where nothing states one.
+
+    ``host`` is the rank of the process whose device it is (JAX's ``process_index``): 0 where there is one host.
+    """
 
     id: Count
     kind: str
     limit_bytes: Bytes | None = None
+    host: Count = 0
 
 
 class Compiles(Part):
