@@ -6,4 +6,5 @@ pytest_plugins = [
     "fixtures.scopes",
     "fixtures.reporting",
     "fixtures.ending",
+    "fixtures.times",
 ]

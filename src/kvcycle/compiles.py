@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import jax
 
+from kvcycle import spending
 from kvcycle.record import Compiles
 
 _DURATIONS = {
@@ -34,8 +35,11 @@ def _count(kind: str | None) -> None:
             _totals[kind] += 1
 
 
-def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:  # noqa: ARG001 - jax.monitoring's signature
-    _count(_DURATIONS.get(event))
+def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:
+    kind = _DURATIONS.get(event)
+    _count(kind)
+    if kind in ("lower", "backend"):  # a trace is timed with those within it, which would count twice
+        spending.compiled(duration_secs)
 
 
 def _on_event(event: str, **_: str | int) -> None:

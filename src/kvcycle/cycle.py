@@ -46,6 +46,7 @@ from kvcycle.record import (
 )
 from kvcycle.record_info import DropInfo, Params2Info, PhaseInfo, RebuildInfo, WeightsReleasedInfo, WeightsResumedInfo
 from kvcycle.sizing import KVPrediction
+from kvcycle.spending import spending
 from kvcycle.text import exact_bytes, seconds
 from kvcycle.weights import Weights, digests, leaf_names
 
@@ -77,7 +78,8 @@ def run_cycle(
         KVCycleError: a step of the cycle could not be done, or did not end within ``timeouts.step_s``; what was
             measured before it is in ``save_to``.
     """
-    return _Run(engine, profile, predicted, save_to, progress or _silent, details or _silent).run()
+    with spending("cycle"):
+        return _Run(engine, profile, predicted, save_to, progress or _silent, details or _silent).run()
 
 
 def _silent(_line: str) -> None:

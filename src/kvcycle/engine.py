@@ -17,6 +17,7 @@ from kvcycle import platform as platforms
 from kvcycle.errors import KVCycleError, PlatformError, ProfileError
 from kvcycle.profile import Platform, Profile
 from kvcycle.record import Boot, Stack
+from kvcycle.spending import spending
 
 if TYPE_CHECKING:
     from kvcycle.containment import Containment
@@ -62,8 +63,9 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
     span = compiles.Span()
     containment = Containment()
     started = time.perf_counter()
-    with containment.booting(profile.timeouts.boot_s):
-        from sgl_jax.srt.entrypoints.engine import Engine
+    with spending("boot"), containment.booting(profile.timeouts.boot_s):
+        with spending("import"):
+            from sgl_jax.srt.entrypoints.engine import Engine
 
         # Made before it is booted: its shutdown(), which kills every child process of this one, must go from atexit
         # also where the boot fails.

@@ -9,6 +9,7 @@ from kvcycle import compiles
 from kvcycle.deadline import step_deadline
 from kvcycle.profile import Profile
 from kvcycle.record import Generate, When
+from kvcycle.spending import spending
 
 
 def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Generate:
@@ -17,7 +18,8 @@ def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Gene
     Raises:
         StepTimeoutError: it did not end within ``timeouts.step_s``.
     """
-    with step_deadline(engine, profile, f"cycle {cycle}: generate {when}"), compiles.counting() as span:
+    deadline = step_deadline(engine, profile, f"cycle {cycle}: generate {when}")
+    with spending("generate"), deadline, compiles.counting() as span:
         started = time.perf_counter()
         answer = engine.generate(
             prompt=profile.cycle.prompt,

@@ -30,6 +30,7 @@ from kvcycle.pools import weight_arrays
 from kvcycle.profile import Profile
 from kvcycle.record import Generate, Owner, Record, Soak, SoakPoint
 from kvcycle.sizing import KVPrediction
+from kvcycle.spending import spending
 
 #: New tokens of each cycle's generation: enough to be a prefill and some decode steps, few enough to run a thousand.
 NEW_TOKENS = 4
@@ -95,7 +96,8 @@ def soak_on(
     on_cycle: OnCycle | None = None,
 ) -> Record:
     """The loop alone, on an engine whose whole cycle ``opening`` has recorded; see :func:`run_soak`."""
-    return _Loop(engine, profile, opening, cycles, save_to, on_cycle or (lambda _record: None)).run()
+    with spending("cycle"):
+        return _Loop(engine, profile, opening, cycles, save_to, on_cycle or (lambda _record: None)).run()
 
 
 class _Loop:

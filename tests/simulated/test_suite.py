@@ -38,6 +38,7 @@ def outcomes(folder: Path) -> Counter[str]:
     return counts
 
 
+@pytest.mark.usefixtures("compiling_anew")
 def test_the_suite_passes_on_virtual_devices(run_suite: Run, tmp_path: Path, smaller: dict[str, float]) -> None:
     keys = [argument for key, value in smaller.items() for argument in ("--kv-set", f"{key}={value}")]
     done = run_suite("--kv-platform", "cpu", "--kv-cycles", "1", *keys)

@@ -23,6 +23,7 @@ from kvcycle.kv_cache import KVCache
 from kvcycle.profile import Profile
 from kvcycle.record import Outcome, Record, Verdict, When
 from kvcycle.soak import soak_on
+from kvcycle.spending import spending
 from kvcycle.weights import HostCopy
 
 _MODULES = (dropping, borrowing, rebuilding, generating, weights, witnesses, soaking)
@@ -108,7 +109,7 @@ class Campaign:
         if fault.run in _GENERATING:
             _ = self.clean  # before the fault is planted
         began = time.perf_counter()
-        with self._mended():
+        with spending("fault"), self._mended():
             if fault.run == "cold":
                 jax.clear_caches()
             with fault.plant(self.target):
