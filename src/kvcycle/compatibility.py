@@ -333,14 +333,14 @@ def _pools() -> str:
 
 def _pool_level(pool: PoolKind, version: str) -> str:
     """What was run of a pool with a version older than the newest."""
-    if missing := lacking(pool, version):
-        return f"not in this version: no {_all_of(missing)}"
-    left_out = tuple(part for part in pool.beside if not versions.has(part, version))
-    return f"{len(GEOMETRIES)} geometries" + (f", without what is not in it: {_all_of(left_out)}" if left_out else "")
+    left_out = ", ".join(part.text for part in pool.beside if not versions.has(part, version))
+    with_them = f"{len(GEOMETRIES)} geometries" + (f", without what is not in it: {left_out}" if left_out else "")
+    return _missing(pool, version) or with_them
 
 
-def _all_of(parts: Iterable[Part]) -> str:
-    return ", ".join(part.text for part in parts)
+def _missing(of: PoolKind | EngineRun, version: str) -> str:
+    parts = lacking(of, version)
+    return f"not in this version: no {', '.join(part.text for part in parts)}" if parts else ""
 
 
 def _geometry() -> str:
@@ -382,11 +382,12 @@ def _runs() -> str:
         "Each in a process of its own: boot, drop, second parameter set, rebuild; whole: generating before and after, "
         "the same tokens, nothing compiled. What takes a larger pool or more cycles to see is left to the suite and "
         "the soak: latency, resident memory, growth.",
-        ("run", "model", "geometry", "besides", "cycle"),
+        ("run", "model", "geometry", "besides", "cycle", *versions.OLDER),
         (
             (
                 f"`{run.id}`", run.model, run.geometry.name.replace("-", ", "), run.also or "–",
                 "whole" if run.generate else "without generation",
+                *(_missing(run, version) or "as well" for version in versions.OLDER),
             )
             for run in ENGINE_RUNS
         ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import kvcycle
-from kvcycle import checkpoint, internals, pools
+from kvcycle import checkpoint, internals, pools, versions
 from kvcycle.compatibility import ENGINE_RUNS, EngineRun
 from kvcycle.record import Verdict
 from kvcycle.record_info import DropInfo
@@ -42,7 +42,7 @@ def off(verdict: Verdict) -> float | None:
 
 def facts(run: EngineRun, engine: Any, profile: kvcycle.Profile) -> dict[str, Any]:
     scheduler = internals.scheduler_of(engine)
-    if run.pool == "draft":
+    if run.pool == "draft" and versions.has(versions.RELAY_BUFFERS, versions.installed()):
         # Upstream makes them under overlap, which on CPU no draft model has: its own call makes the real ones here.
         scheduler.draft_worker.init_spec_relay_buffers()
     record = kvcycle.run_cycle(engine, profile)

@@ -127,5 +127,6 @@ _POOL_TYPES = {
     "mla": ["MLATokenToKVPool"],
     "hybrid-mha": ["HybridLinearKVPool", "RecurrentStatePool"],
     "hybrid-mla": ["HybridLinearKVPool", "RecurrentStatePool"],
-    "draft": ["MHATokenToKVPool", "MHATokenToKVPool", "SpecRelayBuffers"],
+    "draft": ["MHATokenToKVPool", "MHATokenToKVPool"]
+    + (["SpecRelayBuffers"] if versions.has(versions.RELAY_BUFFERS, _HERE) else []),
 }

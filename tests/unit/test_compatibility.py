@@ -88,6 +88,10 @@ def test_what_a_version_lacks_stands_in_the_table() -> None:
     assert "| 42 geometries | 42 geometries, without what is not in it: `speculative.relay_buffer` |" in draft
     (plain,) = [row for row in rows if row.startswith("| SWAKVPool")]
     assert "| 42 geometries | 42 geometries |" in plain
+    (hicache,) = [row for row in rows if row.startswith("| `hicache`")]
+    assert hicache.endswith("| without generation | not in this version: no `ServerArgs(hicache_storage=…)` |")
+    (lora,) = [row for row in rows if row.startswith("| `lora`")]
+    assert lora.endswith("| without generation | as well |")
 
 
 def test_the_documentation_quotes_what_the_command_prints(pytestconfig: pytest.Config) -> None:
