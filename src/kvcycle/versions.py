@@ -36,8 +36,10 @@ INDEXER = Part("sgl_jax.srt.mem_cache.memory_pool", "MLATokenToKVPool", "indexer
 RELAY_BUFFERS = Part("sgl_jax.srt.speculative.relay_buffer")
 #: Pages of the prefix cache in host memory.
 HICACHE = Part("sgl_jax.srt.server_args", "ServerArgs", "hicache_storage")
+#: Prefill and decode in engines of their own, which move pages between them.
+DISAGGREGATION = Part("sgl_jax.srt.disaggregation")
 
-PARTS = (INDEXER, RELAY_BUFFERS, HICACHE)
+PARTS = (INDEXER, RELAY_BUFFERS, HICACHE, DISAGGREGATION)
 
 
 def installed() -> str | None:

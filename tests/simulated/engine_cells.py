@@ -14,6 +14,7 @@ from typing import Any
 import kvcycle
 from kvcycle import checkpoint, internals, pools, versions
 from kvcycle.compatibility import ENGINE_RUNS, EngineRun
+from kvcycle.engine import stack
 from kvcycle.record import Verdict
 from kvcycle.record_info import DropInfo
 
@@ -26,6 +27,9 @@ def profile_of(run: EngineRun) -> kvcycle.Profile:
     overrides = run.overrides()
     if run.model in checkpoint.GEOMETRIES:
         overrides |= {"model.path": str(geometry(run.model)), "engine.load_format": "dummy"}
+    if run.generate and stack().jax == "0.8.1":
+        # On a CPU that jax interprets the kernel that writes a token's K and V, with copies of the whole buffer.
+        overrides["engine.max_total_tokens"] = 1024
     if run.pool == "draft":
         overrides["engine.speculative_draft_model_path"] = str(geometry("tiny-llama-eagle3"))
         # The draft's pool takes what memory is free, whatever max_total_tokens says; this is upstream's way to cap it.

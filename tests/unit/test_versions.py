@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,12 @@ from kvcycle import versions
 from kvcycle.versions import NEWEST, OLDER, PARTS, TESTED_STACKS, Part
 
 
-def source_of(module: str) -> ast.Module | None:
-    """The module as it is installed, not imported: it would start jax; None where there is no such module."""
+def spec_of(module: str) -> ModuleSpec | None:
+    """Where the module is installed; it is not imported, which would start jax."""
     try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
+        return importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # not even the package that it would be in
         return None
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec is not None and spec.origin else None
 
 
 def arguments_of(owner: ast.ClassDef) -> set[str]:
@@ -34,9 +34,11 @@ def arguments_of(owner: ast.ClassDef) -> set[str]:
 
 def is_installed(part: Part) -> bool:
     """Whether the installed sglang-jax has the part. The class itself must be there, or nothing is known of it."""
-    tree = source_of(part.module)
-    if tree is None or not part.owner:
-        return tree is not None
+    spec = spec_of(part.module)
+    if spec is None or not part.owner:
+        return spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     (owner,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == part.owner]
     return part.argument in arguments_of(owner)
 
@@ -74,4 +76,5 @@ def test_every_part_is_lacking_somewhere_and_there_in_the_newest() -> None:
 def test_a_part_is_named_as_python_writes_it() -> None:
     assert [part.text for part in PARTS] == [
         "`MLATokenToKVPool(indexer_key_dim=…)`", "`speculative.relay_buffer`", "`ServerArgs(hicache_storage=…)`",
+        "`disaggregation`",
     ]  # fmt: skip
