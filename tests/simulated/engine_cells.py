@@ -30,6 +30,9 @@ def profile_of(run: EngineRun) -> kvcycle.Profile:
     if run.generate and stack().jax == "0.8.1":
         # On a CPU that jax interprets the kernel that writes a token's K and V, with copies of the whole buffer.
         overrides["engine.max_total_tokens"] = 1024
+        # Its devices wait for each other in threads of one pool that has as many as the machine has cores: with two,
+        # fp32 on two devices waited for ever. It takes the number from here.
+        os.environ["NPROC"] = "16"
     if run.pool == "draft":
         overrides["engine.speculative_draft_model_path"] = str(geometry("tiny-llama-eagle3"))
         # The draft's pool takes what memory is free, whatever max_total_tokens says; this is upstream's way to cap it.
