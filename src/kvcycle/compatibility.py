@@ -1,7 +1,8 @@
 """What was run at which level: the pools, the geometries, the engines. One table, read by the tests that run it.
 
 ``kvcycle matrix`` prints it, docs/compatibility.md quotes that, and a cell stands in it only because a test is
-parametrized with it: tests/simulated/test_matrix.py.
+parametrized with it: tests/simulated/test_matrix.py. What a version of sglang-jax lacks (:mod:`kvcycle.versions`) is no
+cell there, and stands in the table as what it lacks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from kvcycle import checkpoint
+from kvcycle import checkpoint, versions
+from kvcycle.versions import Part
 
 PAGE_SIZES = (1, 16, 128)
 TP_SIZES = (1, 2, 4, 8)
@@ -42,7 +44,10 @@ GEOMETRIES = tuple(
 
 @dataclass(frozen=True)
 class PoolKind:
-    """A combination of pools that an engine can have; ``unbooted`` says why no engine of it runs here, if none does."""
+    """A combination of pools that an engine can have; ``unbooted`` says why no engine of it runs here, if none does.
+
+    A version that lacks something of ``needs`` has no such pool, one that lacks something of ``beside`` has it alone.
+    """
 
     id: str
     classes: str
@@ -50,6 +55,8 @@ class PoolKind:
     models: str
     predicted: bool = True
     unbooted: str = ""
+    needs: tuple[Part, ...] = ()
+    beside: tuple[Part, ...] = ()
 
 
 POOLS = (
@@ -62,6 +69,7 @@ POOLS = (
         "kv_buffer, indexer_key_buffer",
         "DeepSeek sparse attention, GLM-5",
         unbooted="its backend asks for a TPU when it boots",
+        needs=(versions.INDEXER,),
     ),
     PoolKind(
         "hybrid-mha",
@@ -81,6 +89,7 @@ POOLS = (
         "kv_buffer; the tuple's entries",
         "EAGLE, MTP, DFlash beside a target",
         predicted=False,
+        beside=(versions.RELAY_BUFFERS,),
     ),
 )
 
@@ -98,9 +107,9 @@ class PoolCell:
         return f"{self.pool}-{self.geometry.name}"
 
 
-def pool_cells() -> tuple[PoolCell, ...]:
-    """Every pool kind in every geometry."""
-    return tuple(PoolCell(pool.id, geometry) for pool in POOLS for geometry in GEOMETRIES)
+def pool_cells(version: str | None = versions.NEWEST) -> tuple[PoolCell, ...]:
+    """Every pool kind that a version of sglang-jax has, in every geometry."""
+    return tuple(PoolCell(pool.id, geometry) for pool in POOLS if not lacking(pool, version) for geometry in GEOMETRIES)
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ class EngineRun:
     also: str = ""
     engine: Mapping[str, Any] = field(default_factory=dict)
     cycle: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[Part, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -234,6 +244,7 @@ ENGINE_RUNS = (
         generate=False,
         also="HiCache: pages of the prefix cache in host memory",
         engine={"hicache_storage": "none", "enable_unified_radix_tree": True},
+        needs=(versions.HICACHE,),
     ),
     EngineRun(
         "lora",
@@ -250,6 +261,17 @@ ENGINE_RUNS = (
         },
     ),
 )
+
+
+def engine_runs(version: str | None = versions.NEWEST) -> tuple[EngineRun, ...]:
+    """The engine runs that a version of sglang-jax has all parts for."""
+    return tuple(run for run in ENGINE_RUNS if not lacking(run, version))
+
+
+def lacking(of: PoolKind | EngineRun, version: str | None) -> tuple[Part, ...]:
+    """What a version lacks of what a pool kind or an engine run needs; () where it can be."""
+    return tuple(part for part in of.needs if not versions.has(part, version))
+
 
 #: What beside the pools holds KV buffers, or copies them, and what becomes of it.
 OTHERS = (
@@ -291,7 +313,8 @@ def _pools() -> str:
             ]
             yield (
                 pool.classes, pool.buffers, pool.models, "; ".join(levels) or f"– ({pool.unbooted})",
-                f"{len(GEOMETRIES)} geometries", "yes" if pool.predicted else "pool by pool",
+                f"{len(GEOMETRIES)} geometries", *(_pool_level(pool, version) for version in versions.OLDER),
+                "yes" if pool.predicted else "pool by pool",
             )  # fmt: skip
 
     return _table(
@@ -300,9 +323,24 @@ def _pools() -> str:
         "rebuilt. The last column says whether a run's size is predicted from the model's config; `pool by pool`: the "
         "arithmetic of each pool is tested, but how the engine divides the memory among them is its own choice, so a "
         "run's `drop.size_is_predicted` says that nothing predicts it.",
-        ("pool", "device buffers", "models", "engine level", "pool level", "size from the config"),
+        (
+            "pool", "device buffers", "models", "engine level", "pool level",
+            *(f"pool level, {version}" for version in versions.OLDER), "size from the config",
+        ),
         rows(),
-    )
+    )  # fmt: skip
+
+
+def _pool_level(pool: PoolKind, version: str) -> str:
+    """What was run of a pool with a version older than the newest."""
+    left_out = ", ".join(part.text for part in pool.beside if not versions.has(part, version))
+    with_them = f"{len(GEOMETRIES)} geometries" + (f", without what is not in it: {left_out}" if left_out else "")
+    return _missing(pool, version) or with_them
+
+
+def _missing(of: PoolKind | EngineRun, version: str) -> str:
+    parts = lacking(of, version)
+    return f"not in this version: no {', '.join(part.text for part in parts)}" if parts else ""
 
 
 def _geometry() -> str:
@@ -330,7 +368,9 @@ def _geometry() -> str:
     return _table(
         "Geometry",
         f"At pool level every combination of the first four: {len(GEOMETRIES)} geometries of {len(POOLS)} kinds of "
-        f"pools, {len(pool_cells())} cells, each with its predicted size exact.",
+        f"pools, {len(pool_cells())} cells, each with its predicted size exact"
+        + "".join(f"; of sglang-jax {version} {len(pool_cells(version))} cells" for version in versions.OLDER)
+        + f". The table counts those of {versions.NEWEST}.",
         ("axis", "pool level", "engine, whole cycle", "engine, without generation"),
         rows(),
     )
@@ -342,11 +382,12 @@ def _runs() -> str:
         "Each in a process of its own: boot, drop, second parameter set, rebuild; whole: generating before and after, "
         "the same tokens, nothing compiled. What takes a larger pool or more cycles to see is left to the suite and "
         "the soak: latency, resident memory, growth.",
-        ("run", "model", "geometry", "besides", "cycle"),
+        ("run", "model", "geometry", "besides", "cycle", *versions.OLDER),
         (
             (
                 f"`{run.id}`", run.model, run.geometry.name.replace("-", ", "), run.also or "–",
                 "whole" if run.generate else "without generation",
+                *(_missing(run, version) or "as well" for version in versions.OLDER),
             )
             for run in ENGINE_RUNS
         ),

@@ -19,7 +19,6 @@ Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0; what only one of them has is asked for
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 import time
 import warnings
@@ -30,10 +29,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from kvcycle import versions
 from kvcycle.errors import EngineBusyError, UnsupportedEngineError, UntestedStackWarning
-
-#: The stacks that kvcycle's tests pass on: sglang-jax, and the jax that it asks for. constraints/ has a file of each.
-TESTED_STACKS = {"0.1.0rc0": "0.10.2", "0.0.3rc0": "0.8.1"}
 
 #: By version, newest first: the last thing that the loop does in an iteration without work.
 _IDLE_WORK = ("on_idle", "check_tree_cache")
@@ -84,11 +81,8 @@ def is_served_elsewhere(engine: Any) -> bool:
 
 def warn_if_untested() -> None:
     """Warn, once in a process, when the installed sglang-jax or jax is none that kvcycle was tested with."""
-    try:
-        version = importlib.metadata.version("sglang-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        version = "of an unknown version"
-    if TESTED_STACKS.get(version) != jax.__version__:
+    version = versions.installed() or "of an unknown version"  # run from a checkout
+    if versions.TESTED_STACKS.get(version) != jax.__version__:
         _warn_untested(version, jax.__version__)
 
 
@@ -103,7 +97,8 @@ def _warn_untested(sglang_jax: str, jax_version: str) -> None:
 
 
 def _tested_stacks() -> str:
-    return " and ".join(f"sglang-jax {version} on jax {jax_version}" for version, jax_version in TESTED_STACKS.items())
+    stacks = versions.TESTED_STACKS.items()
+    return " and ".join(f"sglang-jax {version} on jax {jax_version}" for version, jax_version in stacks)
 
 
 def runner_of(engine: Any) -> Any:

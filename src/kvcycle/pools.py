@@ -1,6 +1,6 @@
 """What an engine keeps on its devices besides a step's own data: its pools, its draft workers' pools, its weights.
 
-Seen on sglang-jax 0.1.0rc0:
+Seen on sglang-jax 0.1.0rc0, and 0.0.3rc0, which has neither relay buffers nor HiCache nor disaggregation:
 
 - ``scheduler.draft_worker`` (EAGLE, MTP, DFlash): the model workers in it, each with a runner and pools of its own, and
   ``spec_relay_buffers``, a tuple that every step replaces;

@@ -1,8 +1,8 @@
 """The KV cache's size from the model's config alone: the expectation that no measurement had a part in.
 
-The arithmetic is that of sglang-jax 0.1.0rc0's pools, one function each, written anew from their shapes; that of
-``MHATokenToKVPool`` reproduces the reference run's 2,415,992,832 bytes. Every figure is summed over the devices: what
-is replicated counts as often as there are copies.
+The arithmetic is that of the pools of sglang-jax 0.1.0rc0 and 0.0.3rc0, which are equally large: one function each,
+written anew from their shapes; that of ``MHATokenToKVPool`` reproduces the reference run's 2,415,992,832 bytes. Every
+figure is summed over the devices: what is replicated counts as often as there are copies.
 """
 
 from __future__ import annotations

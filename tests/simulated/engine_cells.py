@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import kvcycle
-from kvcycle import checkpoint, internals, pools
+from kvcycle import checkpoint, internals, pools, versions
 from kvcycle.compatibility import ENGINE_RUNS, EngineRun
+from kvcycle.engine import stack
 from kvcycle.record import Verdict
 from kvcycle.record_info import DropInfo
 
@@ -26,6 +27,12 @@ def profile_of(run: EngineRun) -> kvcycle.Profile:
     overrides = run.overrides()
     if run.model in checkpoint.GEOMETRIES:
         overrides |= {"model.path": str(geometry(run.model)), "engine.load_format": "dummy"}
+    if run.generate and stack().jax == "0.8.1":
+        # On a CPU that jax interprets the kernel that writes a token's K and V, with copies of the whole buffer.
+        overrides["engine.max_total_tokens"] = 1024
+        # Its devices wait for each other in threads of one pool that has as many as the machine has cores: with two,
+        # fp32 on two devices waited for ever. It takes the number from here.
+        os.environ["NPROC"] = "16"
     if run.pool == "draft":
         overrides["engine.speculative_draft_model_path"] = str(geometry("tiny-llama-eagle3"))
         # The draft's pool takes what memory is free, whatever max_total_tokens says; this is upstream's way to cap it.
@@ -42,7 +49,7 @@ def off(verdict: Verdict) -> float | None:
 
 def facts(run: EngineRun, engine: Any, profile: kvcycle.Profile) -> dict[str, Any]:
     scheduler = internals.scheduler_of(engine)
-    if run.pool == "draft":
+    if run.pool == "draft" and versions.has(versions.RELAY_BUFFERS, versions.installed()):
         # Upstream makes them under overlap, which on CPU no draft model has: its own call makes the real ones here.
         scheduler.draft_worker.init_spec_relay_buffers()
     record = kvcycle.run_cycle(engine, profile)

@@ -1,8 +1,8 @@
 """Every real pool class of sglang-jax, in every geometry, dropped and rebuilt on eight virtual devices: a script.
 
-``pool_cells.py PART PARTS`` prints one line of JSON for each cell of :func:`kvcycle.compatibility.pool_cells` that is
-in that part of them. A process of its own, since the tests' process has four devices; no engine, so nothing in it can
-kill its parent.
+``pool_cells.py PART PARTS`` prints one line of JSON for each cell that the installed version has (see
+:func:`kvcycle.compatibility.pool_cells`) in that part of them. A process of its own, since the tests' process has four
+devices; no engine, so nothing in it can kill its parent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from kvcycle import memory, platform, sizing
+from kvcycle import memory, platform, sizing, versions
 from kvcycle.buffers import Attribute, BufferSpec, Slot, ZeroAllocator, bytes_by_device, find_slots
 from kvcycle.compatibility import Geometry, pool_cells
 from kvcycle.compiles import counting
@@ -147,8 +147,23 @@ def hybrid_mla(cell: Cell) -> Built:
 
 
 def draft(cell: Cell) -> Built:
-    """The target's pool, a draft model's of one layer, and the relay buffers of EAGLE and of DFlash."""
-    from sgl_jax.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+    """The target's pool, a draft model's of one layer, and beside them the relay buffers, if this version has any."""
+    from sgl_jax.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    pools: dict[str, Any] = {
+        "token_to_kv_pool": MHATokenToKVPool(size=cell.tokens, **cell.common(), **cell.heads_of()),
+        "draft.token_to_kv_pool": MHATokenToKVPool(size=cell.tokens, **cell.common(1), **cell.heads_of()),
+    }
+    predicted = cell.mha_bytes(LAYERS) + cell.mha_bytes(1)
+    if not versions.has(versions.RELAY_BUFFERS, versions.installed()):
+        return pools, predicted
+    relays, of_relays = _relays(cell)
+    return pools | relays, predicted + of_relays
+
+
+def _relays(cell: Cell) -> Built:
+    """The relay buffers of EAGLE and of DFlash."""
+    from sgl_jax.srt.mem_cache.memory_pool import ReqToTokenPool
     from sgl_jax.srt.speculative import relay_buffer
 
     requests = ReqToTokenPool(REQUESTS, 16)
@@ -161,18 +176,15 @@ def draft(cell: Cell) -> Built:
     dflash = SimpleNamespace(
         spec_relay_buffers=relay_buffer.create_dflash_relay_buffers(cell.mesh, requests, dp_size=cell.dp)
     )
-    pools = {
-        "token_to_kv_pool": MHATokenToKVPool(size=cell.tokens, **cell.common(), **cell.heads_of()),
-        "draft.token_to_kv_pool": MHATokenToKVPool(size=cell.tokens, **cell.common(1), **cell.heads_of()),
+    relays = {
         "spec_relay_buffers": Attribute(eagle, "spec_relay_buffers"),
         "dflash.spec_relay_buffers": Attribute(dflash, "spec_relay_buffers"),
     }
-    relay = sizing.relay_buffer_bytes(
+    predicted = sizing.relay_buffer_bytes(
         requests=REQUESTS, dp_size=cell.dp, copies=cell.tensor, steps=STEPS, hidden=HIDDEN,
         item_bytes=cell.dtype.itemsize,
     )  # fmt: skip
-    relay += sizing.relay_buffer_bytes(requests=REQUESTS, dp_size=cell.dp, copies=cell.tensor)
-    return pools, cell.mha_bytes(LAYERS) + cell.mha_bytes(1) + relay
+    return relays, predicted + sizing.relay_buffer_bytes(requests=REQUESTS, dp_size=cell.dp, copies=cell.tensor)
 
 
 BUILDERS: dict[str, Callable[[Cell], Built]] = {
@@ -232,10 +244,13 @@ def drop_and_rebuild(pool: str, geometry: Geometry) -> dict[str, Any]:
 
 
 def main(part: int, parts: int) -> None:
-    # Zeros need no optimizer, and hundreds of cells are mostly compilations.
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    # Zeros need no optimizer, and hundreds of cells are mostly compilations; without its emitters they take half.
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_use_fusion_emitters=false"
+    )
     platform.prepare("cpu", 8)
-    for cell in pool_cells()[part::parts]:
+    for cell in pool_cells(versions.installed())[part::parts]:
         result = drop_and_rebuild(cell.pool, cell.geometry)
         gc.collect()
         gc.freeze()  # what is left is caches and modules, and would make every collection slow

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import kvcycle
-from kvcycle import internals
+from kvcycle import internals, versions
 from kvcycle.buffers import BufferSpec, find_slots
 from kvcycle.errors import KVCacheStateError, RebuildError, UnknownBufferError, UnsupportedEngineError
 from kvcycle.pools import slots_of
@@ -148,10 +148,13 @@ def test_a_pool_that_points_back_to_the_model_is_not_walked_into_it(
         slots_of(live_engine)
 
 
+# That it lacks it is tested in tests/unit/test_versions.py.
+@pytest.mark.skipif(
+    not versions.has(versions.DISAGGREGATION, versions.installed()), reason="this sglang-jax cannot be disaggregated"
+)
 def test_an_engine_whose_pages_move_behind_its_back_is_refused_and_keeps_them(
     kv: kvcycle.KVCache, live_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("sgl_jax.srt.disaggregation", reason="sglang-jax 0.0.3rc0 cannot be disaggregated")
     from sgl_jax.srt.disaggregation.raiden_transfer.conn import RaidenTransferKVManager
 
     manager = object.__new__(RaidenTransferKVManager)  # its own constructor needs a TPU

@@ -1,4 +1,7 @@
-"""The cells of :mod:`kvcycle.compatibility`: every pool in every geometry, and engines, each in its own process."""
+"""The cells of :mod:`kvcycle.compatibility` that the installed sglang-jax has: pools in every geometry, and engines.
+
+That it lacks what is no cell here is tested by tests/unit/test_versions.py.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ from typing import Any
 
 import pytest
 
-from kvcycle.compatibility import ENGINE_RUNS, POOLS, EngineRun, PoolCell, pool_cells
+from kvcycle import versions
+from kvcycle.compatibility import POOLS, EngineRun, PoolCell, engine_runs, pool_cells
 
 Guarded = Callable[..., subprocess.CompletedProcess[str]]
 
 #: Two at a time: a boot and a compilation leave most of a second core idle.
 _AT_ONCE = 2
+
+_HERE = versions.installed()
 
 
 def _facts(output: str) -> Iterator[dict[str, Any]]:
@@ -26,7 +32,10 @@ def _facts(output: str) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def cells(guarded: Guarded) -> Mapping[str, dict[str, Any]]:
-    """What was measured in each cell, all in two processes of eight devices."""
+    """What was measured in each cell, all in two processes of eight devices.
+
+    Cells in turn, so that each process has all pools of its dtype, which share most of what is compiled for them.
+    """
 
     def run(part: int) -> str:
         done = guarded("tests/simulated/pool_cells.py", str(part), str(_AT_ONCE), timeout_s=500)
@@ -37,7 +46,7 @@ def cells(guarded: Guarded) -> Mapping[str, dict[str, Any]]:
         return {facts["id"]: facts for output in pool.map(run, range(_AT_ONCE)) for facts in _facts(output)}
 
 
-@pytest.mark.parametrize("cell", pool_cells(), ids=lambda cell: cell.id)
+@pytest.mark.parametrize("cell", pool_cells(_HERE), ids=lambda cell: cell.id)
 def test_a_pool_is_dropped_and_rebuilt_and_its_size_is_the_predicted_one(
     cell: PoolCell, cells: Mapping[str, dict[str, Any]]
 ) -> None:
@@ -64,7 +73,9 @@ def engines(guarded: Guarded, request: pytest.FixtureRequest) -> Iterator[Mappin
         return facts[0]
 
     selected = [
-        run.id for run in ENGINE_RUNS if any(item.name.endswith(f"cycle[{run.id}]") for item in request.session.items)
+        run.id
+        for run in engine_runs(_HERE)
+        if any(item.name.endswith(f"cycle[{run.id}]") for item in request.session.items)
     ]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         yield {run_id: pool.submit(go, run_id) for run_id in selected}
@@ -79,7 +90,7 @@ def _is_noise(name: str, off: float | None) -> bool:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("run", ENGINE_RUNS, ids=lambda run: run.id)
+@pytest.mark.parametrize("run", engine_runs(_HERE), ids=lambda run: run.id)
 def test_an_engine_goes_through_the_cycle(run: EngineRun, engines: Mapping[str, Future[dict[str, Any]]]) -> None:
     facts = engines[run.id].result()
     (pool,) = [pool for pool in POOLS if pool.id == run.pool]
@@ -116,5 +127,6 @@ _POOL_TYPES = {
     "mla": ["MLATokenToKVPool"],
     "hybrid-mha": ["HybridLinearKVPool", "RecurrentStatePool"],
     "hybrid-mla": ["HybridLinearKVPool", "RecurrentStatePool"],
-    "draft": ["MHATokenToKVPool", "MHATokenToKVPool", "SpecRelayBuffers"],
+    "draft": ["MHATokenToKVPool", "MHATokenToKVPool"]
+    + (["SpecRelayBuffers"] if versions.has(versions.RELAY_BUFFERS, _HERE) else []),
 }

@@ -15,6 +15,7 @@ import pytest
 
 from kvcycle import inband, internals
 from kvcycle.errors import EngineBusyError, UnsupportedEngineError, UntestedStackWarning
+from kvcycle.versions import TESTED_STACKS
 from tests.unit.engines import Scheduler, Scheduler003, Scheduler010, engine_of
 
 BOTH = pytest.mark.parametrize("version", [Scheduler003, Scheduler010])
@@ -117,7 +118,7 @@ def test_an_unknown_stack_warns_once_and_goes_on(
     assert [channel.call(lambda: "lives") for channel in channels] == ["lives", "lives"]
 
 
-@pytest.mark.parametrize(("sglang_jax", "jax_version"), internals.TESTED_STACKS.items())
+@pytest.mark.parametrize(("sglang_jax", "jax_version"), TESTED_STACKS.items())
 def test_a_tested_stack_warns_of_nothing(installed: pytest.MonkeyPatch, sglang_jax: str, jax_version: str) -> None:
     _install(installed, sglang_jax, jax_version)
     with warnings.catch_warnings():
@@ -131,5 +132,5 @@ def test_every_tested_stack_has_its_constraints_and_the_other_way_round(pytestco
         return tuple(re.findall(rf"^{name}==(\S+)$", text, re.MULTILINE)[0] for name in ("sglang-jax", "jax"))
 
     files = sorted((pytestconfig.rootpath / "constraints").glob("*.txt"))
-    assert {pinned(file) for file in files} == set(internals.TESTED_STACKS.items())
-    assert [file.stem for file in files] == sorted(f"sglang-jax-{version}" for version in internals.TESTED_STACKS)
+    assert {pinned(file) for file in files} == set(TESTED_STACKS.items())
+    assert [file.stem for file in files] == sorted(f"sglang-jax-{version}" for version in TESTED_STACKS)

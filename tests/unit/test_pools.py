@@ -165,7 +165,7 @@ def test_the_engines_claim_is_taken_as_often_as_its_pool_is_copied() -> None:
     found = engine()
     own = found.scheduler_info["scheduler"].tp_worker.model_runner
     assert pools.claimed_bytes(found) == 32
-    mesh = jax.make_mesh((4,), ("tensor",))
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Explicit,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     own.token_to_kv_pool.kv_buffer[:] = [jax.device_put(array, everywhere) for array in own.token_to_kv_pool.kv_buffer]
     assert pools.claimed_bytes(found) == 4 * 32
