@@ -20,18 +20,30 @@ MAX_FILE_BYTES = 256 * 2**20
 #: Commas and opening brackets, which bound what a file's values take in memory: up to about 2 GiB. The same ten cycles
 #: have some nine million.
 MAX_MARKS = 12_000_000
-#: Of one object. None in a record has more than a key for each device, or for each array of the weights.
-MAX_KEYS = 65_536
+#: Of one object or list. None in a record has more than an entry for each device, or for each array of the weights.
+MAX_ENTRIES = 65_536
 
 
 class _TooWideError(Exception):
-    """An object has too many keys."""
+    """An object or a list has too many entries."""
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(pairs) > MAX_KEYS:  # each that does not belong there would be an error of its own
+    """An object, if neither it nor a list in it is too long: pydantic would copy it into each error that it has."""
+    if len(pairs) > MAX_ENTRIES:
         raise _TooWideError
+    for _, value in pairs:
+        if type(value) is list:
+            _check_list(value)
     return dict(pairs)
+
+
+def _check_list(values: list[object]) -> None:
+    if len(values) > MAX_ENTRIES:
+        raise _TooWideError
+    for value in values:
+        if type(value) is list:
+            _check_list(value)
 
 
 def read(path: Path, required: Iterable[str] = ()) -> str:
@@ -60,7 +72,8 @@ def read(path: Path, required: Iterable[str] = ()) -> str:
     except json.JSONDecodeError as error:
         raise refusal(f"{path} is not JSON ({error}); was the file cut off?") from error
     except _TooWideError as error:
-        raise refusal(f"{path} holds an object of more than {MAX_KEYS:,} keys: it is not a record.") from error
+        too_wide = f"holds an object or a list of more than {MAX_ENTRIES:,} entries"
+        raise refusal(f"{path} {too_wide}: it is not a record.") from error
     except (ValueError, RecursionError) as error:
         what = "a number of too many digits" if isinstance(error, ValueError) else "JSON that is nested too deeply"
         raise refusal(f"{path} holds {what}: it is not a record.") from error

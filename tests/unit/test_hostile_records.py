@@ -294,10 +294,14 @@ def test_more_values_than_fit_into_memory(raw: dict[str, Any], path: Path, monke
     assert refused_by_load(path) == f"{path} holds more than {marks - 1:,} values, the most that a record may have."
 
 
-def test_an_object_of_more_keys_than_a_record_has(raw: dict[str, Any], path: Path) -> None:
-    # Each would be an error of its own, and each error would hold what it found.
-    path.write_text(json.dumps(raw | {str(number): 0 for number in range(70_000)}))
-    assert refused(path) == f"{path} holds an object of more than 65,536 keys: it is not a record."
+@pytest.mark.parametrize(
+    "many", [{str(number): 0 for number in range(70_000)}, {"devices": [0] * 70_000}, {"x": [[], [[0] * 70_000]]}],
+    ids=["keys", "a list", "a list in a list"],
+)  # fmt: skip
+def test_more_entries_than_anything_in_a_record_has(many: dict[str, Any], raw: dict[str, Any], path: Path) -> None:
+    # Each would be an error of its own, or a copy in one.
+    path.write_text(json.dumps(raw | many))
+    assert refused_by_load(path) == f"{path} holds an object or a list of more than 65,536 entries: it is not a record."
 
 
 def test_of_a_thousand_wrong_entries_the_first_is_named(raw: dict[str, Any], path: Path) -> None:

@@ -92,7 +92,7 @@ def test_the_documented_table_is_the_one_that_is_planned_with() -> None:
 def described(monkeypatch: pytest.MonkeyPatch, devices: int, on_host: int) -> None:
     """libtpu describes every slice as so many devices, so many on each host."""
     made = [SimpleNamespace(id=number, process_index=number // on_host) for number in range(devices)]
-    monkeypatch.setattr(compiler.topologies, "get_topology_desc", lambda **_: SimpleNamespace(devices=made))
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", lambda **_: SimpleNamespace(devices=made))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_slice_that_libtpu_does_not_know_is_refused(monkeypatch: pytest.Monkey
     def unknown(**_: object) -> None:
         raise ValueError("NOT_FOUND: no such chip.\nsecond line")
 
-    monkeypatch.setattr(compiler.topologies, "get_topology_desc", unknown)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", unknown)
     with pytest.raises(PlanError, match=r"^libtpu cannot describe v6e-16 \(v6e:4x4\): NOT_FOUND: no such chip\.$"):
         compiler.TPUCompiler(find_topology("v6e-16"))
 

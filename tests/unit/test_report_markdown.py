@@ -89,7 +89,7 @@ def test_another_witness_that_disagrees_is_named() -> None:
 def test_many_failures_are_folded_and_the_rest_counted() -> None:
     blind = edit_canary(good_record(cycles=8, devices=2), "ledger", 1, rise_bytes=0)
     verdicts = judge(blind)
-    text = markdown.summary(blind, verdicts, [(f"test {number}", "why") for number in range(100)])
+    text = summary(blind, verdicts, [(f"test {number}", "why") for number in range(100)])
     shown, folded = text.split("<details>", 1)
     assert shown.count("\n- **") == 10
     bad = 100 + sum(verdict.verdict == "inconclusive" for verdict in verdicts)
