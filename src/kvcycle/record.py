@@ -360,9 +360,9 @@ class Record(Part):
         return self
 
     @property
-    def hosts(self) -> dict[int, int]:
+    def host_of(self) -> dict[int, int]:
         """Each device's host, by the device's id, where there is more than one host; {} where all are on one."""
-        return remembered(self, "hosts", self.devices, _hosts)
+        return remembered(self, "host_of", self.devices, _host_of)
 
     def canaries_of(self, witness: Witness, device_id: int | None) -> list[Canary]:
         """The canaries that one witness was shown on a device or (None) in the process."""
@@ -423,7 +423,7 @@ class Record(Part):
             raise record_file.invalid(path, error) from error
 
 
-def _hosts(devices: Devices) -> dict[int, int]:
+def _host_of(devices: Devices) -> dict[int, int]:
     found = {device.id: device.host for device in devices}
     return found if len(set(found.values())) > 1 else {}
 

@@ -23,7 +23,6 @@ from kvcycle.report.hosts import hosts_of
 from tests.unit.records import BORROWED, edit_canary, edit_phase, good_record, shift
 from tests.unit.soaks import good_soak
 
-MANY = shift(good_record(cycles=1, devices=10_000, hosts=2_500), BORROWED, 512, device=6151)
 TWO = good_record(devices=4, hosts=2)
 ODD = shift(TWO, BORROWED, 512, device=2)
 
@@ -35,8 +34,14 @@ def in_terminal(record: Record, verdicts: list[Verdict]) -> str:
 
 
 @pytest.fixture(scope="module")
-def judged() -> list[Verdict]:
-    return judge(MANY)
+def many() -> Record:
+    """Of ten thousand devices, one kept 512 bytes at the drop."""
+    return shift(good_record(cycles=1, devices=10_000, hosts=2_500), BORROWED, 512, device=6151)
+
+
+@pytest.fixture(scope="module")
+def judged(many: Record) -> list[Verdict]:
+    return judge(many)
 
 
 # Ten thousand devices ------------------------------------------------------------------------------------------------
@@ -51,13 +56,13 @@ def test_one_device_of_ten_thousand_is_the_only_one_that_does_not_pass(judged: l
     assert len(judged) > 50_000
 
 
-def test_the_page_names_it_with_its_host_and_is_as_small_as_of_four(judged: list[Verdict]) -> None:
-    text = page.draw(MANY, judged)
+def test_the_page_names_it_with_its_host_and_is_as_small_as_of_four(many: Record, judged: list[Verdict]) -> None:
+    text = page.draw(many, judged)
     assert "device 6151 (host 1537)" in text
     assert "10,000 devices on 2,500 hosts, 4 on each." in text
     assert "hosts 0–1536, 1538–2499" in text
     assert len(text) < 200_000
-    hosts = hosts_of(MANY, judged)
+    hosts = hosts_of(many, judged)
     assert hosts is not None
     assert [(row.hosts, row.count, row.outcome, row.what) for row in hosts.rows] == [
         ("host 1537", 1, "fail", "device 6151: drop.frees_kv"),
@@ -65,27 +70,29 @@ def test_the_page_names_it_with_its_host_and_is_as_small_as_of_four(judged: list
     ]
 
 
-def test_terminal_and_summary_name_it_in_a_screen_or_two(judged: list[Verdict]) -> None:
-    told = in_terminal(MANY, judged)
+def test_terminal_and_summary_name_it_in_a_screen_or_two(many: Record, judged: list[Verdict]) -> None:
+    told = in_terminal(many, judged)
     assert "device6151 (host 1537)" in told
     assert "What did not pass is on 1 of 2,500 hosts: device 6151 (host 1537)." in " ".join(told.split())
     assert "10,000 cpu devices on 2,500 hosts" in told
     assert told.count("\n") < 60
-    summary = markdown.summary(MANY, judged)
+    summary = markdown.summary(many, judged)
     assert "device 6151 (host 1537)" in summary
     assert len(summary) < 10_000
     (bad,) = (verdict for verdict in judged if verdict.verdict == "fail")
-    assert "cycle0-device6151-ledger (host 1537): measured" in junit.failure_message(bad, MANY.evidence)
-    assert junit.suite_properties(MANY, judged)["kvcycle.hosts"] == "2500"
+    assert "cycle0-device6151-ledger (host 1537): measured" in junit.failure_message(bad, many.evidence)
+    assert junit.suite_properties(many, judged)["kvcycle.hosts"] == "2500"
 
 
-def test_its_file_is_read_again_and_keeps_the_verdicts_that_did_not_pass(judged: list[Verdict], tmp_path: Path) -> None:
+def test_its_file_is_read_again_and_keeps_the_verdicts_that_did_not_pass(
+    many: Record, judged: list[Verdict], tmp_path: Path
+) -> None:
     path = tmp_path / "record.json"
-    MANY.model_copy(update={"checks": tuple(judged)}).save(path)
+    many.model_copy(update={"checks": tuple(judged)}).save(path)
     # Ten cycles of as many fit into what a file may have.
     assert 10 * path.stat().st_size < MAX_FILE_BYTES
     read = Record.load(path)
-    assert read.model_copy(update={"checks": ()}) == MANY
+    assert read.model_copy(update={"checks": ()}) == many
     assert len(read.checks) == MAX_VERDICTS < len(judged)
     assert (read.checks[0].verdict, read.checks[0].host) == ("fail", 1537)
     assert judge(read) == judged
@@ -210,14 +217,25 @@ def test_a_blind_witness_is_named_with_its_host() -> None:
     assert hosts.rows[0].what.startswith("device 3: controls.witness_sees_allocation, ")
 
 
+def test_a_verdict_on_a_host_itself_is_told_as_the_hosts() -> None:
+    verdict = Verdict(id="drop.frees_kv", scope="cycle0-host1", witness="rss", verdict="fail", message="m")
+    hosts = hosts_of(TWO, [verdict])
+    assert hosts is not None
+    assert [(row.hosts, row.outcome, row.what) for row in hosts.rows] == [
+        ("host 1", "fail", "drop.frees_kv"),
+        ("host 0", "pass", ""),
+    ]
+    assert hosts.summary.endswith("What did not pass is on 1 of 2 hosts: host 1.")
+
+
 def test_what_is_kept_with_a_part_is_not_of_another(tmp_path: Path) -> None:
     phase = TWO.cycles[0].phases[0]
     assert phase.device(3) is not None
     fewer = phase.model_copy(update={"devices": phase.devices[:2]})
     assert fewer.device(3) is None
-    assert TWO.hosts == {0: 0, 1: 0, 2: 1, 3: 1}
+    assert TWO.host_of == {0: 0, 1: 0, 2: 1, 3: 1}
     moved = TWO.model_copy(update={"devices": good_record(devices=4).devices})
-    assert moved.hosts == {}
+    assert moved.host_of == {}
     assert Record.model_validate_json(TWO.to_json()) == TWO
 
 

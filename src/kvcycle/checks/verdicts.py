@@ -30,7 +30,7 @@ class Place:
 
 def on_device(record: Record, device: int, cycle: int | None = None, part: str | None = None) -> Place:
     """The place of a device, with its host."""
-    return Place(scope(cycle, device, part), record.hosts.get(device))
+    return Place(scope(cycle, device, part), record.host_of.get(device))
 
 
 def as_place(place: Place | str) -> Place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from kvcycle.record import Outcome, Record, Verdict
 from kvcycle.report.phases import worst
 from kvcycle.report.scopes import named, parts
 from kvcycle.text import exact_bytes
+
+_HOST = re.compile(r"(?:^|-)host(\d{1,9})(?:-|$)")
 
 #: Kinds of hosts that are told apart in a report; the others are counted.
 MOST_ROWS = 20
@@ -51,13 +54,13 @@ class _Kind:
 
 def hosts_of(record: Record, verdicts: Sequence[Verdict]) -> Hosts | None:
     """The hosts of a judged record, None where it has one."""
-    host_of = record.hosts
+    host_of = record.host_of
     if not host_of:
         return None
     bad: dict[int, list[Verdict]] = {}
     for verdict in verdicts:
-        if verdict.verdict in ("fail", "inconclusive") and verdict.host is not None:
-            bad.setdefault(verdict.host, []).append(verdict)
+        if verdict.verdict in ("fail", "inconclusive") and (on := _host(verdict)) is not None:
+            bad.setdefault(on, []).append(verdict)
     devices, held = Counter(host_of.values()), Counter[int]()
     for device, host in host_of.items():
         held[host] += record.kv.bytes_by_device.get(device, 0) + record.params.bytes_by_device.get(device, 0)
@@ -80,7 +83,7 @@ def hosts_of(record: Record, verdicts: Sequence[Verdict]) -> Hosts | None:
                 devices=kind.devices,
                 held=exact_bytes(kind.bytes),
                 outcome=kind.outcome,
-                what=f"{named('device', odd_devices)}: {_checks(kind.checks)}" if kind.checks else "",
+                what=_what(odd_devices, kind.checks),
             )
         )
     return Hosts(
@@ -99,16 +102,27 @@ def count_of_devices(record: Record) -> str:
 
 def on_hosts(record: Record) -> str:
     """`` on 2,500 hosts``; nothing where there is one."""
-    return f" on {len(set(record.hosts.values())):,} hosts" if record.hosts else ""
+    return f" on {len(set(record.host_of.values())):,} hosts" if record.host_of else ""
+
+
+def _host(verdict: Verdict) -> int | None:
+    """The host that a verdict is on: its device's, or one that its scope names itself (``cycle0-host1``)."""
+    if verdict.host is not None:
+        return verdict.host
+    named_host = _HOST.search(verdict.scope)
+    return int(named_host[1]) if named_host else None
 
 
 def _devices(verdicts: Sequence[Verdict]) -> set[int]:
     return {device for verdict in verdicts if (device := parts(verdict.scope)[1]) is not None}
 
 
-def _checks(checks: Sequence[str]) -> str:
+def _what(devices: Sequence[int], checks: Sequence[str]) -> str:
+    """What did not pass: the devices, where it is they and not the host, and the checks; nothing if all passed."""
     text = ", ".join(checks[:_MOST_NAMED])
-    return text if len(checks) <= _MOST_NAMED else f"{text} and {len(checks) - _MOST_NAMED} more checks"
+    if len(checks) > _MOST_NAMED:
+        text += f" and {len(checks) - _MOST_NAMED} more checks"
+    return f"{named('device', devices)}: {text}" if devices else text
 
 
 def _summary(devices: Counter[int], bad: dict[int, set[int]], host_of: dict[int, int]) -> str:
@@ -118,7 +132,9 @@ def _summary(devices: Counter[int], bad: dict[int, set[int]], host_of: dict[int,
     if not bad:
         return f"{text} On none did a verdict on a device not pass."
     odd = sorted(device for found in bad.values() for device in found)
-    if len(odd) <= _MOST_NAMED:
+    if not all(bad.values()):  # a host's own memory or compiler, not a device's
+        names = named("host", bad)
+    elif len(odd) <= _MOST_NAMED:
         names = ", ".join(f"device {device} (host {host_of[device]})" for device in odd if device in host_of)
     else:
         names = f"{len(odd):,} devices: {named('device', odd, host_of)}"

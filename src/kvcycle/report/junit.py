@@ -48,7 +48,7 @@ def suite_properties(record: Record, verdicts: Sequence[Verdict]) -> dict[str, s
         "kvcycle.verdicts": ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome]),
         "kvcycle.created": record.created,
         "kvcycle.devices": f"{len(record.devices)} {', '.join(sorted({device.kind for device in record.devices}))}",
-        **({"kvcycle.hosts": str(len(set(record.hosts.values())))} if record.hosts else {}),
+        **({"kvcycle.hosts": str(len(set(record.host_of.values())))} if record.host_of else {}),
         "kvcycle.cycles": str(len(record.cycles)),
         "kvcycle.kv_bytes": str(record.kv.bytes),
         "kvcycle.params_bytes": str(record.params.bytes_on_devices),

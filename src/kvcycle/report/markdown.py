@@ -130,7 +130,7 @@ def _failures(record: Record, verdicts: Sequence[Verdict], failed_tests: Sequenc
     bad = [verdict for verdict in verdicts if verdict.verdict in ("fail", "inconclusive")]
     bad.sort(key=lambda verdict: WORST_FIRST.index(verdict.verdict))
     items = [f"- **failed** {code(name)}: {plain(message)}" for name, message in failed_tests]
-    items += [_item(line) for line in told(bad, record.hosts)]
+    items += [_item(line) for line in told(bad, record.host_of)]
     if not items:
         return []
     parts = ["### What did not pass", "\n".join(items[:_TOLD])]

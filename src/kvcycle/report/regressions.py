@@ -144,7 +144,7 @@ def _bytes(first: Record, second: Record) -> list[Regression]:
         Regression(
             "bytes",
             f"{entry.phase} device {entry.device}",
-            f"{entry.phase}, {named('device', [entry.device], first.hosts)}, {entry.owner}: {entry.first_bytes:,} "
+            f"{entry.phase}, {named('device', [entry.device], first.host_of)}, {entry.owner}: {entry.first_bytes:,} "
             f"and {entry.second_bytes:,} B, {entry.off_bytes:+,} B",
         )
         for entry in differences(first, second)
@@ -161,7 +161,7 @@ def _bytes(first: Record, second: Record) -> list[Regression]:
                     Regression(
                         "bytes",
                         f"{after} device {device}",
-                        f"{after}, {named('device', [device], first.hosts)}, allocator: changed by {one:+,} and "
+                        f"{after}, {named('device', [device], first.host_of)}, allocator: changed by {one:+,} and "
                         f"{two:+,} B, {two - one:+,} B, allowed {allowed:,} B",
                     )
                 )

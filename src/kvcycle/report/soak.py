@@ -135,7 +135,7 @@ def _table(record: Record, soak: Soak) -> Table:
     table.add_column("end", justify="right", no_wrap=True)
     table.add_column("growth", justify="right", no_wrap=True)
     for devices, witness, start, end in _ends(record, soak):
-        name = named("device", devices, record.hosts)
+        name = named("device", devices, record.host_of)
         table.add_row(f"{name}, {witness}, bytes", f"{start:,}", f"{end:,}", f"{end - start:+,}")
     rss = [point.rss_bytes for point in soak.points if point.rss_bytes is not None]
     if (ends := rss_medians(rss)) is not None:

@@ -60,7 +60,7 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
     if record.generates:
         console.print(_latency_table(record))
     soak.show(record, verdicts, console)
-    for line in told([v for v in verdicts if v.verdict in ("fail", "inconclusive")], record.hosts):
+    for line in told([v for v in verdicts if v.verdict in ("fail", "inconclusive")], record.host_of):
         verdict = line.verdict
         said = printable(f" {verdict.id}: {verdict.message}")
         console.print(Text.assemble((verdict.verdict, _STYLE[verdict.verdict]), said))

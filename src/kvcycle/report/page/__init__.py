@@ -20,7 +20,7 @@ PAGE = "index.html"
 
 def draw(record: Record, judged: Sequence[Verdict]) -> str:
     """The page of a judged record, as text."""
-    checks = verdicts.check_groups(judged, record.hosts)
+    checks = verdicts.check_groups(judged, record.host_of)
     return render(
         "index.html",
         record=record,

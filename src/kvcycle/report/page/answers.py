@@ -139,7 +139,7 @@ def _fitted(record: Record) -> str:
         if use.id in limits
     )
     if (least := min(room, default=None)) is not None:
-        fullest = named("device", [least[1]], record.hosts)
+        fullest = named("device", [least[1]], record.host_of)
         return f"{text}. At the fullest moment {fullest} had {exact_bytes(least[0])} left."
     return f"{text}."
 

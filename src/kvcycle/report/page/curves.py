@@ -131,7 +131,7 @@ def _growth_plot(record: Record, soak: Soak) -> Plot:
         "B",
         signed_bytes(low),
         signed_bytes(high),
-        tuple(_line(named("device", devices, record.hosts), values, low, high) for values, devices in shown),
+        tuple(_line(named("device", devices, record.host_of), values, low, high) for values, devices in shown),
         _at(0, low, high),
         "no growth",
         f"{left:,} more devices lie between the highest and the lowest." if left else "",

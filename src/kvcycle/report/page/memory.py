@@ -136,7 +136,7 @@ def picture(record: Record, verdicts: Sequence[Verdict]) -> Pictures:
     }
     undrawn += sum(len(group.cells) for group in skipped)
     return Pictures(
-        drawn=tuple(_draw(group, top, record.hosts) for group in chosen),
+        drawn=tuple(_draw(group, top, record.host_of) for group in chosen),
         legend=tuple((layer, NAMES[layer]) for layer in _ORDER if layer in used),
         predicted=any(bar for group in chosen for bar in group.expected),
         left_out=f"{undrawn:,} more devices (in their cycles) differ in bytes from these. Drawn are the most frequent "
