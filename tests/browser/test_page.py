@@ -73,7 +73,7 @@ def test_of_a_thousand_devices_the_odd_one_is_seen_with_its_host(browser: Chrome
     few = elements()
     open_record(shift(good_record(allocator=True, cycles=1, devices=1000, hosts=250), BORROWED, 512, device=617))
     assert elements() < 1.2 * few
-    assert find(browser, "h1").text == "FAILED tiny on 1,000 TPU v4 devices on 250 hosts"
+    assert find(browser, "h1").text == "FAILED tiny on 1,000 TPU v4 devices of 250 hosts"
     assert "device617 (host 154)" in find(browser, ".misses").text
     said = find(browser, "#hosts").text
     assert (

@@ -74,7 +74,7 @@ def test_terminal_and_summary_name_it_in_a_screen_or_two(many: Record, judged: l
     told = in_terminal(many, judged)
     assert "device6151 (host 1537)" in told
     assert "What did not pass is on 1 of 2,500 hosts: device 6151 (host 1537)." in " ".join(told.split())
-    assert "10,000 cpu devices on 2,500 hosts" in told
+    assert "10,000 cpu devices of 2,500 hosts" in told
     assert told.count("\n") < 60
     summary = markdown.summary(many, judged)
     assert "device 6151 (host 1537)" in summary

@@ -94,15 +94,15 @@ def hosts_of(record: Record, verdicts: Sequence[Verdict]) -> Hosts | None:
 
 
 def count_of_devices(record: Record) -> str:
-    """``4 devices``; ``10,000 devices on 2,500 hosts`` where there is more than one."""
+    """``4 devices``; ``10,000 devices of 2,500 hosts`` where there is more than one."""
     count = len(record.devices)
     text = f"{count:,} device{'' if count == 1 else 's'}"
-    return text + on_hosts(record)
+    return text + of_hosts(record)
 
 
-def on_hosts(record: Record) -> str:
-    """`` on 2,500 hosts``; nothing where there is one."""
-    return f" on {len(set(record.host_of.values())):,} hosts" if record.host_of else ""
+def of_hosts(record: Record) -> str:
+    """`` of 2,500 hosts``, after the number of devices; nothing where there is one."""
+    return f" of {len(set(record.host_of.values())):,} hosts" if record.host_of else ""
 
 
 def _host(verdict: Verdict) -> int | None:

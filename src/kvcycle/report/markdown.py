@@ -11,7 +11,7 @@ from kvcycle.checks import CHECKS, passed
 from kvcycle.checks.generation import thresholds_s
 from kvcycle.record import OUTCOMES, PhaseName, Record, Soak, Verdict
 from kvcycle.report.alike import Told, told
-from kvcycle.report.hosts import count_of_devices, hosts_of, on_hosts
+from kvcycle.report.hosts import count_of_devices, hosts_of, of_hosts
 from kvcycle.report.markup import code, plain
 from kvcycle.report.phases import JUDGED, WORST_FIRST, by_check, by_cycle, expected_changes, worst
 from kvcycle.report.soak import compilations, growth_sum
@@ -199,7 +199,7 @@ def _facts_table(record: Record) -> str:
         "evidence": record.evidence,
         "profile": str(record.profile.get("name", "?")),
         "model": str((record.profile.get("model") or {}).get("path", "?")),
-        "devices": f"{len(record.devices):,} {kinds}{on_hosts(record)}",
+        "devices": f"{len(record.devices):,} {kinds}{of_hosts(record)}",
         "KV cache": f"{kv.buffers:,} buffers, {signed_bytes(kv.bytes).removeprefix('+')}",
         "predicted by": f"{kv.predicted_by}: {kv.predicted_how}" if kv.predicted_by else "nothing",
         "weights": f"{record.params.arrays:,} arrays, {signed_bytes(record.params.bytes_on_devices).removeprefix('+')}",

@@ -18,7 +18,7 @@ from kvcycle.checks.generation import thresholds_s
 from kvcycle.record import OUTCOMES, Cycle, Record, Verdict, When
 from kvcycle.report import soak
 from kvcycle.report.alike import told
-from kvcycle.report.hosts import hosts_of, on_hosts
+from kvcycle.report.hosts import hosts_of, of_hosts
 from kvcycle.report.phases import JUDGED, by_check, by_cycle, expected_changes, worst
 from kvcycle.text import exact_bytes, printable, seconds
 
@@ -82,7 +82,7 @@ def verdict_line(record: Record, verdicts: Sequence[Verdict]) -> Text:
     counts = Counter(verdict.verdict for verdict in verdicts)
     numbers = ", ".join(f"{counts[outcome]:,} {outcome}" for outcome in OUTCOMES if counts[outcome])
     kinds = ", ".join(sorted({device.kind for device in record.devices}))
-    where = f"{len(record.devices):,} {kinds} devices{on_hosts(record)}"
+    where = f"{len(record.devices):,} {kinds} devices{of_hosts(record)}"
     said = printable(
         f" [{record.evidence}] {record.profile.get('name', '?')} on {where}, "
         f"sglang-jax {record.stack.sglang_jax}, jax {record.stack.jax}: {numbers or 'nothing was judged'}"

@@ -11,7 +11,7 @@ from typing import Literal
 from kvcycle.checks import passed
 from kvcycle.record import PHASES, Evidence, PhaseName, Record, Verdict
 from kvcycle.record_info import Params2Info
-from kvcycle.report.hosts import count_of_devices, on_hosts
+from kvcycle.report.hosts import count_of_devices, of_hosts
 from kvcycle.report.page.verdicts import counts
 from kvcycle.report.phases import expected_changes
 from kvcycle.report.scopes import named
@@ -59,7 +59,7 @@ def headline(record: Record, verdicts: Sequence[Verdict]) -> Headline:
     return Headline(
         good=passed(list(verdicts)),
         name=str(record.profile.get("name", "?")),
-        where=", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) + f" devices{on_hosts(record)}",
+        where=", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) + f" devices{of_hosts(record)}",
         evidence_means=EVIDENCE[record.evidence],
         counts=counts(verdicts) or "nothing was judged",
         facts=_facts(record),
@@ -209,7 +209,7 @@ def _facts(record: Record) -> tuple[tuple[str, tuple[str, ...]], ...]:
         (
             "Devices",
             [
-                ", ".join(f"{count:,} × {kind}" for kind, count in kinds.items()) + on_hosts(record),
+                ", ".join(f"{count:,} × {kind}" for kind, count in kinds.items()) + of_hosts(record),
                 f"limit {' or '.join(map(exact_bytes, limits[:3]))} each" if limits else "no limit is known",
             ],
         ),
