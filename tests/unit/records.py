@@ -79,9 +79,10 @@ def good_record(
 ) -> Record:
     """A record that passes every check: of a TPU with an allocator's statistics, or of virtual devices with RSS.
 
-    The devices are numbered through, as on a TPU, and each host has as many. Parts that are equal are one object, so
-    that ten thousand devices are made in a second.
+    The devices are numbered through, as on a TPU, and each host has as many; the resident memory of several is not
+    sampled. Parts that are equal are one object, so that ten thousand devices are made in a second.
     """
+    rss = not allocator and hosts == 1
     ids = range(devices)
     profile = Profile(
         name="tiny",
@@ -137,7 +138,7 @@ def good_record(
             name=name,
             t_s=float(number),
             seconds=0.25,
-            rss_bytes=None if allocator else RSS_BASE + held,
+            rss_bytes=RSS_BASE + held if rss else None,
             devices=devices_now,
             ledger_bytes_sum=held,
             info=infos.get(name),
@@ -173,7 +174,7 @@ def good_record(
         for device in ids
         for witness in witnesses
     ]
-    if not allocator:
+    if rss:
         size = CANARY * devices
         canaries.append(
             Canary(witness="rss", device=None, allocated_bytes=size, rise_bytes=size + 20_480, fall_bytes=size)
