@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from kvcycle import compiles
+from kvcycle import compiles, inband, merge
 from kvcycle.deadline import step_deadline
 from kvcycle.profile import Profile
 from kvcycle.record import Generate, When
@@ -14,21 +14,36 @@ from kvcycle.record import Generate, When
 def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Generate:
     """One greedy generation of the profile's prompt, with the compiler watched meanwhile.
 
+    Of several hosts the first is asked, and what it answered is every host's answer.
+
     Raises:
         StepTimeoutError: it did not end within ``timeouts.step_s``.
     """
+    hosts = inband.channel_of(engine).hosts
     with step_deadline(engine, profile, f"cycle {cycle}: generate {when}"), compiles.counting() as span:
-        started = time.perf_counter()
-        answer = engine.generate(
-            prompt=profile.cycle.prompt,
-            sampling_params={
-                "temperature": 0,
-                "max_new_tokens": profile.cycle.max_new_tokens,
-                "ignore_eos": True,
-            },
-            return_logprob=True,
-        )
-        elapsed = time.perf_counter() - started
+        if not hosts.several:
+            answered = _ask(engine, profile, when, cycle)
+        else:
+            told = hosts.from_first(
+                f"generate {when}", lambda: _ask(engine, profile, when, cycle).model_dump_json(), profile.timeouts.step_s
+            )
+            answered = Generate.model_validate_json(told)
+    mine = answered.model_copy(update={"compiles": span.compiles})
+    return merge.together(hosts, Generate, mine, merge.generate)
+
+
+def _ask(engine: Any, profile: Profile, when: When, cycle: int) -> Generate:
+    started = time.perf_counter()
+    answer = engine.generate(
+        prompt=profile.cycle.prompt,
+        sampling_params={
+            "temperature": 0,
+            "max_new_tokens": profile.cycle.max_new_tokens,
+            "ignore_eos": True,
+        },
+        return_logprob=True,
+    )
+    elapsed = time.perf_counter() - started
     meta = answer["meta_info"]
     # Over-long above 50 new tokens (0.1.0rc0), so cut to what was completed.
     output = meta["output_token_logprobs"][: meta["completion_tokens"]]
@@ -39,5 +54,4 @@ def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Gene
         token_ids=tuple(int(entry[1]) for entry in output),
         logprobs=tuple(float(entry[0]) for entry in output),
         cached_tokens=int(meta.get("cached_tokens", 0)),
-        compiles=span.compiles,
     )

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -103,6 +103,29 @@ class Compiles(Part):
         return self.lower + self.backend
 
 
+def sum_of(by_host: Sequence[Compiles]) -> Compiles:
+    """What the compilers of all hosts did together."""
+    return Compiles(**{kind: sum(getattr(host, kind) for host in by_host) for kind in Compiles.model_fields})
+
+
+class Spans(Part):
+    """A part with the compiler's work in it: all hosts' together, and of several hosts each one's, by rank."""
+
+    compiles: Compiles = Compiles()
+    compiles_by_host: tuple[Compiles, ...] = Field(default=(), max_length=MAX_DEVICES)
+
+    @model_validator(mode="after")
+    def _compiles_are_the_sum(self) -> Self:
+        if self.compiles_by_host and sum_of(self.compiles_by_host) != self.compiles:
+            raise ValueError("compiles is not what compiles_by_host adds up to")
+        return self
+
+    @property
+    def each_hosts_compiles(self) -> tuple[Compiles, ...]:
+        """By rank; on one host the one there is."""
+        return self.compiles_by_host or (self.compiles,)
+
+
 class DeviceUse(Part):
     """Bytes in use on one device at one moment, by every witness that speaks for a device.
 
@@ -120,16 +143,20 @@ Devices = Annotated[tuple[Device, ...], Field(max_length=MAX_DEVICES), AfterVali
 Uses = Annotated[tuple[DeviceUse, ...], Field(max_length=MAX_DEVICES), AfterValidator(each_once)]
 
 
-class Phase(Part):
-    """One phase of the cycle: when it ended, how long it took, and what was in use then."""
+class Phase(Spans):
+    """One phase of the cycle: when it ended, how long it took, and what was in use then.
+
+    Of several hosts ``rss_bytes_by_host`` has each process's resident bytes by rank, None for one that was not sampled;
+    ``rss_bytes`` is their sum, and the seconds are the slowest host's.
+    """
 
     name: PhaseName
     t_s: Seconds
     seconds: Seconds
     rss_bytes: Bytes | None = None
+    rss_bytes_by_host: tuple[Bytes | None, ...] = Field(default=(), max_length=MAX_DEVICES)
     devices: Uses
     ledger_bytes_sum: Bytes
-    compiles: Compiles = Compiles()
     info: PhaseInfo | None = None
 
     @model_validator(mode="after")
@@ -137,7 +164,18 @@ class Phase(Part):
         total = sum(device.ledger_bytes for device in self.devices)
         if total != self.ledger_bytes_sum:
             raise ValueError(f"ledger_bytes_sum is {self.ledger_bytes_sum} but the devices add up to {total}")
+        if self.rss_bytes_by_host:
+            known = [size for size in self.rss_bytes_by_host if size is not None]
+            expected = sum(known) if len(known) == len(self.rss_bytes_by_host) else None
+            if self.rss_bytes != expected:
+                raise ValueError(f"rss_bytes is {self.rss_bytes} but the hosts add up to {expected}")
         return self
+
+    def rss_bytes_of(self, host: int | None) -> int | None:
+        """The resident bytes of one host's process, None where it was not sampled; of the only host for ``None``."""
+        if host is None:
+            return self.rss_bytes
+        return self.rss_bytes_by_host[host] if host < len(self.rss_bytes_by_host) else None
 
     def device(self, device_id: int) -> DeviceUse | None:
         """The use of one device, None if this phase has no sample of it."""
@@ -180,7 +218,7 @@ class Cycle(Part):
         return next((phase for phase in self.phases if phase.name == name), None)
 
 
-class Generate(Part):
+class Generate(Spans):
     """One greedy generation: its tokens, what the prefix cache supplied, and what the compiler did meanwhile."""
 
     when: When
@@ -189,7 +227,6 @@ class Generate(Part):
     token_ids: tuple[Integer, ...]
     logprobs: tuple[LogProb, ...] = ()
     cached_tokens: Count = 0
-    compiles: Compiles = Compiles()
 
 
 #: All of them are judged after each: more would make the judging slower than the cycles.
@@ -261,23 +298,24 @@ class Params(Part):
     bytes_by_device: dict[int, Bytes] = Field(default_factory=dict)
 
 
-class Boot(Part):
+class Boot(Spans):
     """What the boot cost and what each witness saw of it; absent when the user booted the engine."""
 
     seconds: Seconds
     before: Uses
     after: Uses
-    compiles: Compiles = Compiles()
 
 
 class Canary(Part):
     """A known allocation, made and freed: what each witness saw of it (the control of every memory check).
 
-    ``rise_bytes`` and ``fall_bytes`` are None where the witness does not speak; ``device`` is None for the process.
+    ``rise_bytes`` and ``fall_bytes`` are None where the witness does not speak; ``device`` is None for the process,
+    which is that of ``host``.
     """
 
     witness: Witness
     device: Count | None
+    host: Count = 0
     allocated_bytes: Bytes
     rise_bytes: Integer
     fall_bytes: Integer
@@ -331,6 +369,16 @@ class Record(Part):
                 f"(cycles x devices at most {MAX_CYCLES_TIMES_DEVICES:,})"
             )
         return self
+
+    @property
+    def hosts(self) -> tuple[int | None, ...]:
+        """The ranks of its hosts; ``(None,)`` where there is one, so that nothing needs to say which."""
+        ranks = sorted({device.host for device in self.devices})
+        return tuple(ranks) if len(ranks) > 1 else (None,)
+
+    def devices_of(self, host: int | None) -> list[Device]:
+        """The devices of one host, or all for ``None``."""
+        return [device for device in self.devices if host is None or device.host == host]
 
     def generates_when(self, when: When, cycle: int | None = None) -> list[Generate]:
         """The generations of one kind, of one cycle or of all, in order."""
