@@ -67,6 +67,11 @@ def leave(timeout_s: float = 60.0) -> bool:
     return not ended.is_alive()
 
 
+def joined() -> bool:
+    """Whether this process has joined other hosts, by :func:`join` or :func:`watch`."""
+    return _watcher is not None
+
+
 # Meeting -------------------------------------------------------------------------------------------------------------
 
 
