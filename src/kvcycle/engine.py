@@ -196,7 +196,7 @@ def _check_devices(platform: Platform, profile: Profile) -> None:
         raise ProfileError(
             f"Over several hosts an engine takes every device: engine.tp_size={profile.engine.tp_size} asks for "
             f"{profile.devices_here} on each of {hosts} hosts, jax finds {found} on {jax.process_count()} host(s), "
-            f"{len(jax.local_devices())} of them here. Set engine.tp_size to {found}, or start on as many hosts as there are."
+            f"{len(jax.local_devices())} of them here. Set engine.tp_size to {found}, or start on every host there is."
         )
     if found < profile.devices_needed:
         raise ProfileError(

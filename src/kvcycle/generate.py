@@ -7,6 +7,7 @@ from typing import Any
 
 from kvcycle import compiles, inband, merge
 from kvcycle.deadline import step_deadline
+from kvcycle.hosts import Hosts
 from kvcycle.profile import Profile
 from kvcycle.record import Generate, When
 
@@ -21,15 +22,20 @@ def generate_once(engine: Any, profile: Profile, when: When, cycle: int) -> Gene
     """
     hosts = inband.channel_of(engine).hosts
     with step_deadline(engine, profile, f"cycle {cycle}: generate {when}"), compiles.counting() as span:
-        if not hosts.several:
-            answered = _ask(engine, profile, when, cycle)
-        else:
-            told = hosts.from_first(
-                f"generate {when}", lambda: _ask(engine, profile, when, cycle).model_dump_json(), profile.timeouts.step_s
-            )
-            answered = Generate.model_validate_json(told)
+        answered = _on_first(hosts, engine, profile, when, cycle)
     mine = answered.model_copy(update={"compiles": span.compiles})
     return merge.together(hosts, Generate, mine, merge.generate)
+
+
+def _on_first(hosts: Hosts, engine: Any, profile: Profile, when: When, cycle: int) -> Generate:
+    """The first host is asked, and tells the others."""
+    if not hosts.several:
+        return _ask(engine, profile, when, cycle)
+
+    def ask() -> str:
+        return _ask(engine, profile, when, cycle).model_dump_json()
+
+    return Generate.model_validate_json(hosts.from_first(f"generate {when}", ask, profile.timeouts.step_s))
 
 
 def _ask(engine: Any, profile: Profile, when: When, cycle: int) -> Generate:

@@ -1,4 +1,4 @@
-"""The hosts of one engine: each is a JAX process that owns some of the devices, and the first (rank 0) takes the requests.
+"""The hosts of one engine: JAX processes that each own some of the devices, of which the first takes the requests.
 
 Every host makes the same calls in the same order. What must happen on all or on none is agreed upon first, and what one
 host has measured is told to the first. Both go as text through the key-value store of ``jax.distributed``: exact, with
@@ -53,7 +53,7 @@ def lose(sentence: str) -> None:
     """Note that another host is lost, once and for all: whoever waits for it raises, and who listens is told."""
     if not _lost:
         _lost.append(sentence)
-        for listener in list(_listeners):
+        for listener in _listeners:
             listener(sentence)
 
 
@@ -217,7 +217,7 @@ class Hosts:
         told: list[str] = []
         deadline = time.monotonic() + timeout_s
         for rank in range(self.count):
-            theirs, text = json.loads(self._wait(f"{turn}/host{rank}", rank, what, deadline - time.monotonic()))
+            theirs, text = json.loads(self._wait(f"{turn}/host{rank}", rank, what, timeout_s, deadline))
             if theirs != what:
                 lose(
                     f"Host {rank} is at {theirs!r} while host 0 is at {what!r}: every host must make the same calls in "
@@ -230,9 +230,9 @@ class Hosts:
         self._read_by_then[self._in_call].clear()
         return told
 
-    def _wait(self, key: str, rank: int, what: str, timeout_s: float) -> str:
+    def _wait(self, key: str, rank: int, what: str, timeout_s: float, deadline: float | None = None) -> str:
         assert self._store is not None
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s if deadline is None else deadline
         while True:
             if (sentence := lost()) is not None:
                 raise HostLostError(sentence)

@@ -351,7 +351,6 @@ def stop_scheduler(channel: Channel, *, timeout_s: float = 30.0) -> bool:
     Returns:
         Whether both threads have ended; one that waits for a device which does not answer cannot be ended.
     """
-
     deadline = time.monotonic() + timeout_s
     threads = [channel.thread]
     with _quiet_exit():

@@ -12,8 +12,8 @@ Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0; what only one of them has is asked for
 - ``Scheduler.__init__`` and ``scheduler.recv_from_rpc``: the other end of ``engine.send_to_rpc``, whose messages the
   loop takes; both are DEALERs, so an answer goes back through it, which sglang-jax itself never does;
 - ``http_server``: ``app``, ``launch``, the ``_launch_subprocesses_or_threads`` that it calls, the routes' functions;
-- of an engine on several hosts ``scheduler.node_rank``, ``.nnodes``, and on a host that is not the first, whose engine has
-  no ``scheduler_info``, the target and arguments of the scheduler's thread (``scheduler_loop_after_create``);
+- of an engine on several hosts ``scheduler.node_rank``, ``.nnodes``, and on a host that is not the first, whose engine
+  has no ``scheduler_info``, target and arguments of the scheduler's thread (``scheduler_loop_after_create``);
 - of jax, ``jax._src.distributed.global_state.client``: the hosts' key-value store, which no public function reaches;
 - ``forward_batch_info.device_array``, on CPU: how a batch's numpy arrays get to the devices;
 - ``engine.tokenizer_manager.generate_request``: what generate, async_generate, streaming, encode, rerank and score go
@@ -51,7 +51,9 @@ def scheduler_of(engine: Any) -> Any:
     """
     info = getattr(engine, "scheduler_info", None)
     if info is None and (scheduler := _scheduler_of_a_later_host(engine)) is not None:
-        info = engine.scheduler_info = {"scheduler": scheduler}  # where the first host has it, also after the thread's end
+        info = engine.scheduler_info = {
+            "scheduler": scheduler
+        }  # where the first host has it, also after the thread's end
     if not isinstance(info, dict):
         raise UnsupportedEngineError(
             f"{type(engine).__name__} is no booted sglang-jax Engine: it has no scheduler_info. Pass the object that "
@@ -82,7 +84,8 @@ def scheduler_of(engine: Any) -> Any:
 def _scheduler_of_a_later_host(engine: Any) -> Any:
     """On a host that is not the first sglang-jax keeps its scheduler nowhere but in the thread that runs it."""
     for thread in threading.enumerate():
-        target, arguments = getattr(thread, "_target", None), getattr(thread, "_args", ())
+        target: Any = getattr(thread, "_target", None)
+        arguments: Any = getattr(thread, "_args", ())
         if getattr(target, "__name__", "") == "scheduler_loop_after_create" and (
             arguments[0] is getattr(engine, "server_args", arguments)
         ):

@@ -1,8 +1,8 @@
 """One record of what several hosts have measured: each measures its own devices, and the first puts it together.
 
-Pure functions on a record's parts, one for each kind: given each host's part by rank they return the whole. What belongs
-to a device stays with it; what belongs to a process is kept by host beside the sum; where all hosts must have done the
-same, the whole has the worst of them, so that a check of one host's failure fails.
+Pure functions on a record's parts, one for each kind: given each host's part by rank they return the whole. What
+belongs to a device stays with it; what belongs to a process is kept by host beside the sum; where all hosts must have
+done the same, the whole has the worst of them, so that a check fails if it would on one host.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def renumbered(part: Any, numbers: Mapping[int, int]) -> Any:
     for name, value in part:
         if name in ("id", "device") and isinstance(value, int):
             new[name] = numbers.get(value, value)
-        elif name.endswith("by_device") and value is not None:
-            new[name] = renumbered(value, numbers)
-        elif isinstance(value, BaseModel | tuple):
+        elif (name.endswith("by_device") and value is not None) or isinstance(value, BaseModel | tuple):
             new[name] = renumbered(value, numbers)
     return part.model_copy(update=new)
 
@@ -235,9 +233,7 @@ def _on(host: int) -> str:
     return f" (host {host})"
 
 
-def _add_unlike(
-    whole: dict[str, Layout], theirs: Mapping[str, Layout], first: Mapping[str, Layout], host: int
-) -> None:
+def _add_unlike(whole: dict[str, Layout], theirs: Mapping[str, Layout], first: Mapping[str, Layout], host: int) -> None:
     """Every host has the same slots: one that differs from the first host's stands beside it, with the host's name."""
     whole.update({path + _on(host): layout for path, layout in theirs.items() if first.get(path) != layout})
 

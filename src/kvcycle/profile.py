@@ -296,12 +296,25 @@ class Profile(_Table):
             )
         if engine.node_rank >= engine.nnodes:
             raise ProfileError(
-                f"engine.node_rank={engine.node_rank} is none of {engine.nnodes} hosts: they are 0 to {engine.nnodes - 1}."
+                f"engine.node_rank={engine.node_rank} is none of {engine.nnodes} hosts, which are 0 to "
+                f"{engine.nnodes - 1}."
             )
         place, _, port = (engine.dist_init_addr or "").rpartition(":")
         if not place or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
             raise ProfileError(
                 f"engine.dist_init_addr={engine.dist_init_addr!r} is no address at which {engine.nnodes} hosts could "
-                f"meet: give host 0's, with a port of at most {MAX_PORT} (sglang-jax also takes the 5th and 6th after it), "
-                "as 10.0.0.2:10011."
+                f"meet: give host 0's, with a port of at most {MAX_PORT} (sglang-jax also takes the fifth and sixth "
+                "after it), as 10.0.0.2:10011."
+            )
+
+    def check_one_host(self, what: str) -> None:
+        """Refuse several hosts for what knows only one.
+
+        Raises:
+            ProfileError: the profile's engine is on several.
+        """
+        if self.engine.nnodes > 1:
+            raise ProfileError(
+                f"{what} runs on one host, and engine.nnodes is {self.engine.nnodes}; the suite runs on several "
+                "(pytest -m tpu)."
             )

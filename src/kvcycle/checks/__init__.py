@@ -6,12 +6,15 @@ Each check yields one verdict per scope (cycle, device) and witness that spoke. 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from kvcycle.checks import controls, generation, memory, rebuild
 from kvcycle.checks.soak import SOAK_CHECKS
 from kvcycle.checks.weights import WEIGHTS_CHECKS
 from kvcycle.record import Record, Verdict
+
+_DEVICE = re.compile(r"device(\d+)")
 
 Check = Callable[[Record], Iterator[Verdict]]
 
@@ -49,7 +52,18 @@ CHECKS: dict[str, Check] = {
 
 def judge(record: Record) -> list[Verdict]:
     """Every check's verdicts on a record, in the order of :data:`CHECKS`; the record's own are not looked at."""
-    return [verdict for check in CHECKS.values() for verdict in check(record)]
+    verdicts = [verdict for check in CHECKS.values() for verdict in check(record)]
+    return verdicts if len(record.hosts) == 1 else [_with_its_host(verdict, record) for verdict in verdicts]
+
+
+def _with_its_host(verdict: Verdict, record: Record) -> Verdict:
+    """A verdict on a device that is not a pass says on which host the device is."""
+    found = _DEVICE.search(verdict.scope)
+    if verdict.verdict == "pass" or found is None:
+        return verdict
+    hosts = [device.host for device in record.devices if device.id == int(found[1])]
+    said = f"{verdict.message} Device {found[1]} is on host {hosts[0]}." if hosts else verdict.message
+    return verdict.model_copy(update={"message": said})
 
 
 def passed(verdicts: list[Verdict]) -> bool:

@@ -10,9 +10,7 @@ from kvcycle.text import exact_bytes, signed_bytes
 DEVICE_WITNESSES: tuple[Witness, ...] = ("ledger", "allocator")
 
 
-def scope(
-    cycle: int | None = None, device: int | None = None, part: str | None = None, host: int | None = None
-) -> str:
+def scope(cycle: int | None = None, device: int | None = None, part: str | None = None, host: int | None = None) -> str:
     """``cycle0-device2``, ``device2``, ``cycle0-host1``, ``run``: as test ids write it."""
     numbered = {"cycle": cycle, "host": host, "device": device}
     parts = [*(f"{name}{number}" for name, number in numbered.items() if number is not None), part or ""]
@@ -146,10 +144,9 @@ def at_most(
 
 
 def on_which_host(by_host: Sequence[Compiles], *, traces: bool = False) -> str:
-    """Where the compiler worked, as the end of a sentence's subject: "; on host 1: 3". "" on one host, or if nowhere."""
+    """Where the compiler worked, as the end of a sentence's subject: ", 3 on host 1". "" on one host, or nowhere."""
     work = [compiles.any_work + (compiles.trace if traces else 0) for compiles in by_host]
-    named = ", ".join(f"host {rank}: {number:,}" for rank, number in enumerate(work) if number)
-    return f"; on {named}" if named and len(work) > 1 else ""
+    return "".join(f", {number:,} on host {rank}" for rank, number in enumerate(work) if number and len(work) > 1)
 
 
 def unmeasured(check: str, place: str, why: str, witness: Witness | None = None) -> Verdict:

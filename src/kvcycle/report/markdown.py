@@ -13,7 +13,7 @@ from kvcycle.record import OUTCOMES, PhaseName, Record, Soak, Verdict
 from kvcycle.report.markup import code, plain
 from kvcycle.report.phases import JUDGED, WORST_FIRST, expected_changes, of_cycle, worst
 from kvcycle.report.soak import compilations, growth_sum
-from kvcycle.report.terminal import WHEN, verdict_line
+from kvcycle.report.terminal import WHEN, of_hosts, verdict_line
 from kvcycle.text import seconds, signed_bytes
 
 #: Of what did not pass, so many are told at once; as many more are folded, and then only counted.
@@ -191,7 +191,7 @@ def _facts_table(record: Record) -> str:
         "evidence": record.evidence,
         "profile": str(record.profile.get("name", "?")),
         "model": str((record.profile.get("model") or {}).get("path", "?")),
-        "devices": f"{len(record.devices)} {kinds}",
+        "devices": f"{len(record.devices)} {kinds}{of_hosts(record)}",
         "KV cache": f"{kv.buffers:,} buffers, {signed_bytes(kv.bytes).removeprefix('+')}",
         "predicted by": f"{kv.predicted_by}: {kv.predicted_how}" if kv.predicted_by else "nothing",
         "weights": f"{record.params.arrays:,} arrays, {signed_bytes(record.params.bytes_on_devices).removeprefix('+')}",

@@ -71,13 +71,19 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
     console.print(verdict_line(record, verdicts), soft_wrap=True)
 
 
+def of_hosts(record: Record) -> str:
+    """`` of 2 hosts``, after the number of devices; nothing where there is one host."""
+    return f" of {len(record.hosts)} hosts" if len(record.hosts) > 1 else ""
+
+
 def verdict_line(record: Record, verdicts: Sequence[Verdict]) -> Text:
     """One line: the verdict, its evidence label, what was validated, and the verdicts by outcome."""
     counts = Counter(verdict.verdict for verdict in verdicts)
     numbers = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
     kinds = ", ".join(sorted({device.kind for device in record.devices}))
+    devices = f"{len(record.devices)} {kinds} devices{of_hosts(record)}"
     said = printable(
-        f" [{record.evidence}] {record.profile.get('name', '?')} on {len(record.devices)} {kinds} devices, "
+        f" [{record.evidence}] {record.profile.get('name', '?')} on {devices}, "
         f"sglang-jax {record.stack.sglang_jax}, jax {record.stack.jax}: {numbers or 'nothing was judged'}"
     )
     return Text.assemble(("PASSED", "bold green") if passed(list(verdicts)) else ("FAILED", "bold red"), said)
