@@ -234,7 +234,7 @@ def only_red(record: Record, *names: str) -> list[Verdict]:
 
 def test_a_recompilation_on_one_host_alone_is_red_and_names_the_host() -> None:
     by_host = (Compiles(), Compiles(trace=1, lower=1, backend=1))
-    spans = {"compiles": sum_of(by_host), "compiles_by_host": by_host}
+    spans: dict[str, Any] = {"compiles": sum_of(by_host), "compiles_by_host": by_host}
     (verdict,) = only_red(edit_generates(WHOLE, "after_rebuild", **spans), "generate.no_compile[cycle0-generate]")
     assert "compilations in the generation after_rebuild (1 lowered, 1 compiled), 2 on host 1: 2, expected 0" in (
         verdict.message

@@ -1,4 +1,4 @@
-"""How hosts meet, over real sockets on loopback, and how they notice that one has gone, on a clock of the test's own."""
+"""How hosts meet, over real sockets on loopback, and how they notice that one has gone, on the test's own clock."""
 
 from __future__ import annotations
 
