@@ -140,6 +140,11 @@ class BootedEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        from kvcycle import inband, rendezvous
+
+        hosts = inband.channel_of(self.engine).hosts
+        if error is not None and hosts.several:  # the others would wait for this one
+            rendezvous.tell_of_the_end(hosts.rank, f"{type(error).__name__}: {error}")
         self.close()
 
     def close(self, stop_s: float | None = None) -> None:

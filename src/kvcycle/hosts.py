@@ -214,21 +214,29 @@ class Hosts:
 
     def _collected(self, turn: str, what: str, timeout_s: float) -> list[str]:
         assert self._store is not None
-        told: list[str] = []
         deadline = time.monotonic() + timeout_s
+        while missing := set(range(self.count)) - (told := self._told_by_rank(turn)).keys():
+            # Waits for one of them, and then reads all that have come meanwhile at once: there may be many.
+            rank = max(missing)
+            self._wait(f"{turn}/host{rank}", rank, what, timeout_s, deadline)
+        texts: list[str] = []
         for rank in range(self.count):
-            theirs, text = json.loads(self._wait(f"{turn}/host{rank}", rank, what, timeout_s, deadline))
+            theirs, text = json.loads(told[rank])
             if theirs != what:
                 lose(
                     f"Host {rank} is at {theirs!r} while host 0 is at {what!r}: every host must make the same calls in "
                     "the same order."
                 )
                 raise HostsDisagreeError(lost())
-            told.append(text)
-        for key in [*self._read_by_then[self._in_call], *(f"{turn}/host{rank}" for rank in range(self.count))]:
+            texts.append(text)
+        for key in [*self._read_by_then[self._in_call], turn]:
             self._store.delete(key)
         self._read_by_then[self._in_call].clear()
-        return told
+        return texts
+
+    def _told_by_rank(self, turn: str) -> dict[int, str]:
+        assert self._store is not None
+        return {int(key.removeprefix("host")): told for key, told in self._store.below(turn).items()}
 
     def _wait(self, key: str, rank: int, what: str, timeout_s: float, deadline: float | None = None) -> str:
         assert self._store is not None

@@ -44,7 +44,8 @@ class DictStore:
 
     def delete(self, key: str) -> None:
         with self._changed:
-            self.held.pop(key, None)
+            for held in [held for held in self.held if held == key or held.startswith(f"{key}/")]:
+                del self.held[held]
 
 
 @pytest.fixture
