@@ -7,6 +7,7 @@ sentence, where jax would abort the process. From then on each host leaves a sig
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -44,10 +45,13 @@ def join(rank: int, count: int, address: str, timeout_s: float) -> None:
 
     if not jax.distributed.is_initialized():
         _meet(rank, count, address, timeout_s)
+        at_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             jax.distributed.initialize(address, count, rank, heartbeat_timeout_seconds=_JAX_SILENT_S)
         except RuntimeError as error:
             raise PlatformError(f"jax could not join the {count} hosts at {address}: {error}") from error
+        with suppress(ValueError, TypeError):  # not the main thread, or a handler that Python does not know
+            signal.signal(signal.SIGTERM, at_sigterm)  # jax's notice of preemption takes it, and ends nothing
     watch(rank, count)
 
 
