@@ -22,11 +22,11 @@ from fixtures.places import free_port
 from kvcycle import merge, rendezvous
 from kvcycle import platform as platforms
 from kvcycle.hosts import Hosts
-from kvcycle.record import PHASES, Phase, Record
+from kvcycle.record import PHASES, Phase, PhaseName, Record
 
 _ROUNDS = 50
 #: The largest phase, and the shortest.
-_NAMES = ("kv_cache_rebuilt", "flush_cache_before_kv_drop")
+_NAMES: tuple[PhaseName, ...] = ("kv_cache_rebuilt", "flush_cache_before_kv_drop")
 
 
 def _median_s(do: Callable[[], object]) -> float:

@@ -15,17 +15,18 @@ from typing import Any
 
 import jax
 
-from kvcycle import capacity, compiles, inband, memory, merge
+from kvcycle import compiles, inband, memory, merge
 from kvcycle.buffers import BufferSpec
 from kvcycle.canary import release_canaries
 from kvcycle.deadline import step_deadline
 from kvcycle.engine import boot_evidence, stack
 from kvcycle.errors import ParamSetError
+from kvcycle.facts import device_facts, kv_facts, params_facts
 from kvcycle.generate import generate_once
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet, Sharing, perturbed, sharing, swap
 from kvcycle.platform import few_objects_to_collect, return_freed_memory
-from kvcycle.pools import claimed_bytes, pool_facts, slots_of, weight_arrays
+from kvcycle.pools import slots_of, weight_arrays
 from kvcycle.predict import predict_by_arithmetic
 from kvcycle.profile import Profile
 from kvcycle.record import (
@@ -114,9 +115,9 @@ class _Run:
         self.canaries: tuple[Canary, ...] = ()
         self.created = now()
         # Taken once: neither may depend on what the run does to the engine.
-        self.devices = self._together(tuple[Device, ...], self._device_facts(), merge.devices)
-        self.kv_facts = self._together(KV, self._kv(), merge.kv)
-        self.params_facts = self._together(Params, self._params(), merge.params)
+        self.devices = self._together(tuple[Device, ...], device_facts(self._devices(), self.hosts.rank), merge.devices)
+        self.kv_facts = self._together(KV, kv_facts(engine, self.kv, self.predicted), merge.kv)
+        self.params_facts = self._together(Params, params_facts(engine), merge.params)
         self.boot = boot_evidence(engine)
         if self.boot is not None:
             self.boot = self._together(Boot, self.boot, merge.boot)
@@ -352,39 +353,6 @@ class _Run:
     def _devices(self) -> list[jax.Device]:
         local = {device.id: device for device in jax.local_devices()}
         return [local[device_id] for device_id in self.kv.bytes_by_device if device_id in local]
-
-    def _kv(self) -> KV:
-        predicted = self.predicted
-        return KV(
-            buffers=self.kv.buffers,
-            bytes=self.kv.bytes,
-            bytes_by_device=self.kv.bytes_by_device,
-            predicted_bytes=predicted.total_bytes if predicted else None,
-            predicted_bytes_by_device=dict.fromkeys(self.kv.bytes_by_device, predicted.bytes_per_device)
-            if predicted
-            else None,
-            predicted_by=predicted.by if predicted else None,
-            predicted_how=predicted.formula if predicted else None,
-            claimed_bytes=claimed_bytes(self.engine),
-            pools=pool_facts(self.engine, self.kv.slots),
-        )
-
-    def _params(self) -> Params:
-        weights = ParamSet.of(self.engine)
-        return Params(
-            arrays=len(weights.leaves), bytes_on_devices=weights.bytes, bytes_by_device=weights.bytes_by_device
-        )
-
-    def _device_facts(self) -> tuple[Device, ...]:
-        return tuple(
-            Device(
-                id=device.id,
-                kind=device.device_kind,
-                limit_bytes=capacity.limit_bytes(device),
-                host=self.hosts.rank,
-            )
-            for device in self._devices()
-        )
 
     def _together[T](self, kind: Any, mine: T, merged: Callable[[Sequence[T]], T]) -> T:
         """What all hosts have measured; on one host, and on those that are not the first, what this one has."""
