@@ -92,13 +92,15 @@ def devices(parts: Sequence[tuple[Device, ...]]) -> tuple[Device, ...]:
 def kv(parts: Sequence[KV]) -> KV:
     """One cache over all devices: its buffers are the same on every host, its bytes are not."""
     first = parts[0]
-    predicted = [part.predicted_bytes_by_device for part in parts]
+    held = _united(part.bytes_by_device for part in parts)
+    # The first host's prediction is the run's: the others do not ask the compiler.
+    predicted = first.predicted_bytes_by_device
     claimed = [part.claimed_bytes for part in parts]
     return first.model_copy(
         update={
             "bytes": sum(part.bytes for part in parts),
-            "bytes_by_device": _united(part.bytes_by_device for part in parts),
-            "predicted_bytes_by_device": None if None in predicted else _united(known for known in predicted if known),
+            "bytes_by_device": held,
+            "predicted_bytes_by_device": dict.fromkeys(held, max(predicted.values())) if predicted else None,
             "claimed_bytes": None if None in claimed else sum(known or 0 for known in claimed),
             "pools": tuple(
                 Pool(type=pool.type, buffers=pool.buffers, bytes=sum(part.pools[index].bytes for part in parts))

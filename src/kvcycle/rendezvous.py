@@ -6,6 +6,7 @@ sentence, where jax would abort the process. From then on each host leaves a sig
 
 from __future__ import annotations
 
+import atexit
 import json
 import signal
 import socket
@@ -47,7 +48,14 @@ def join(rank: int, count: int, address: str, timeout_s: float) -> None:
         _meet(rank, count, address, timeout_s)
         at_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            jax.distributed.initialize(address, count, rank, heartbeat_timeout_seconds=_JAX_SILENT_S)
+            jax.distributed.initialize(
+                address,
+                count,
+                rank,
+                heartbeat_timeout_seconds=_JAX_SILENT_S,
+                # By default it listens on every interface, also where the hosts are processes of one machine.
+                coordinator_bind_address=address if _interface(address) else None,
+            )
         except RuntimeError as error:
             raise PlatformError(f"jax could not join the {count} hosts at {address}: {error}") from error
         with suppress(ValueError, TypeError):  # not the main thread, or a handler that Python does not know
@@ -64,7 +72,8 @@ def leave(timeout_s: float = 60.0) -> bool:
 
     if hosts.lost() is not None:
         return False
-    _ended.set()
+    if _watcher is not None:
+        _stop_watching(_watcher)
     ended = threading.Thread(target=jax.distributed.shutdown, name="kvcycle-leave", daemon=True)
     ended.start()
     ended.join(timeout_s)
@@ -83,16 +92,23 @@ def _meet(rank: int, count: int, address: str, timeout_s: float) -> None:
     place, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout_s
     if rank == 0:
-        _await_the_others(count, int(port), deadline, timeout_s)
+        _await_the_others(count, (_interface(address), int(port)), deadline, timeout_s)
     else:
         _announce(rank, count, (place.strip("[]"), int(port)), deadline, timeout_s)
 
 
-def _await_the_others(count: int, port: int, deadline: float, timeout_s: float) -> None:
+def _interface(address: str) -> str:
+    """Where to listen: on loopback alone if that is where the hosts meet, else ("") on every interface."""
+    place = address.rpartition(":")[0].strip("[]")
+    return place if place.startswith("127.") or place == "localhost" else ""
+
+
+def _await_the_others(count: int, listen_at: tuple[str, int], deadline: float, timeout_s: float) -> None:
     missing = set(range(1, count))
     arrived: list[socket.socket] = []
+    port = listen_at[1]
     try:
-        with _listening_at(port) as server:
+        with _listening_at(listen_at) as server:
             while missing:
                 if (sentence := hosts.lost()) is not None:
                     raise PlatformError(sentence)
@@ -119,13 +135,13 @@ def _await_the_others(count: int, port: int, deadline: float, timeout_s: float) 
             connection.close()
 
 
-def _listening_at(port: int) -> socket.socket:
+def _listening_at(listen_at: tuple[str, int]) -> socket.socket:
     try:
-        return socket.create_server(("", port))
+        return socket.create_server(listen_at)
     except OSError as error:
         raise PlatformError(
-            f"Port {port}, at which the hosts meet, cannot be used on host 0: {error.strerror}. Give another one "
-            "(engine.dist_init_addr, or KVCYCLE_COORDINATOR)."
+            f"Port {listen_at[1]}, at which the hosts meet, cannot be used on host 0: {error.strerror}. Give another "
+            "one (engine.dist_init_addr, or KVCYCLE_COORDINATOR)."
         ) from error
 
 
@@ -182,6 +198,12 @@ def watch(rank: int, count: int, store: Store | None = None) -> None:
         store = SharedStore()
     _watcher = threading.Thread(target=Watch(rank, count, store).run, name="kvcycle-hosts", daemon=True)
     _watcher.start()
+    atexit.register(_stop_watching, _watcher)  # before jax lets go of the store
+
+
+def _stop_watching(watcher: threading.Thread) -> None:
+    _ended.set()
+    watcher.join(5 * BEAT_S)
 
 
 class Watch:
