@@ -220,6 +220,12 @@ def bytes_by_device(arrays: Iterable[jax.Array]) -> dict[int, int]:
     return dict(sorted(totals.items()))
 
 
+def delete(arrays: Iterable[jax.Array]) -> None:
+    """Free what the arrays hold."""
+    for array in arrays:
+        array.delete()
+
+
 def spec_bytes_by_device(specs: Iterable[BufferSpec]) -> dict[int, int]:
     """Logical bytes that arrays of these specs take on each local device, by device id; a device may pad them."""
     totals: dict[int, int] = {}
@@ -278,8 +284,7 @@ class ZeroAllocator:
             jax.block_until_ready(list(arrays.values()))
         except BaseException:
             # The exception's traceback would keep what is there already alive for as long as somebody keeps it.
-            for array in arrays.values():
-                array.delete()
+            delete(arrays.values())
             raise
         return [arrays[index] for index in range(len(self._specs))]
 

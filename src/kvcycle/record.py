@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
@@ -111,6 +111,29 @@ class Compiles(Part):
         return self.lower + self.backend
 
 
+def sum_of(by_host: Sequence[Compiles]) -> Compiles:
+    """What the compilers of all hosts did together."""
+    return Compiles(**{kind: sum(getattr(host, kind) for host in by_host) for kind in Compiles.model_fields})
+
+
+class Spans(Part):
+    """A part with the compiler's work in it: all hosts' together, and of several hosts each one's, by rank."""
+
+    compiles: Compiles = Compiles()
+    compiles_by_host: tuple[Compiles, ...] = Field(default=(), max_length=MAX_DEVICES)
+
+    @model_validator(mode="after")
+    def _compiles_are_the_sum(self) -> Self:
+        if self.compiles_by_host and sum_of(self.compiles_by_host) != self.compiles:
+            raise ValueError("compiles is not what compiles_by_host adds up to")
+        return self
+
+    @property
+    def each_hosts_compiles(self) -> tuple[Compiles, ...]:
+        """By rank; on one host the one there is."""
+        return self.compiles_by_host or (self.compiles,)
+
+
 class DeviceUse(Part):
     """Bytes in use on one device at one moment, by every witness that speaks for a device.
 
@@ -129,16 +152,20 @@ Devices = Annotated[tuple[Device, ...], Field(max_length=MAX_DEVICES), FailFast(
 Uses = Annotated[tuple[DeviceUse, ...], Field(max_length=MAX_DEVICES), FailFast(), AfterValidator(each_once)]
 
 
-class Phase(Part):
-    """One phase of the cycle: when it ended, how long it took, and what was in use then."""
+class Phase(Spans):
+    """One phase of the cycle: when it ended, how long it took, and what was in use then.
+
+    Of several hosts ``rss_bytes_by_host`` has each process's resident bytes by rank, None for one that was not sampled;
+    ``rss_bytes`` is their sum, and the seconds are the slowest host's.
+    """
 
     name: PhaseName
     t_s: Seconds
     seconds: Seconds
     rss_bytes: Bytes | None = None
+    rss_bytes_by_host: tuple[Bytes | None, ...] = Field(default=(), max_length=MAX_DEVICES)
     devices: Uses
     ledger_bytes_sum: Bytes
-    compiles: Compiles = Compiles()
     info: PhaseInfo | None = None
 
     @model_validator(mode="after")
@@ -146,12 +173,23 @@ class Phase(Part):
         total = sum(device.ledger_bytes for device in self.devices)
         if total != self.ledger_bytes_sum:
             raise ValueError(f"ledger_bytes_sum is {self.ledger_bytes_sum} but the devices add up to {total}")
+        if self.rss_bytes_by_host:
+            known = [size for size in self.rss_bytes_by_host if size is not None]
+            expected = sum(known) if len(known) == len(self.rss_bytes_by_host) else None
+            if self.rss_bytes != expected:
+                raise ValueError(f"rss_bytes is {self.rss_bytes} but the hosts add up to {expected}")
         return self
 
     @property
     def by_id(self) -> dict[int, DeviceUse]:
         """The uses by their device's id; who asks for many devices asks once for this."""
         return remembered(self, "by_id", self.devices, _by_id)
+
+    def rss_bytes_of(self, host: int | None) -> int | None:
+        """The resident bytes of one host's process, None where it was not sampled; of the only host for ``None``."""
+        if host is None:
+            return self.rss_bytes
+        return self.rss_bytes_by_host[host] if host < len(self.rss_bytes_by_host) else None
 
     def device(self, device_id: int) -> DeviceUse | None:
         """The use of one device, None if this phase has no sample of it."""
@@ -198,7 +236,7 @@ class Cycle(Part):
         return next((phase for phase in self.phases if phase.name == name), None)
 
 
-class Generate(Part):
+class Generate(Spans):
     """One greedy generation: its tokens, what the prefix cache supplied, and what the compiler did meanwhile."""
 
     when: When
@@ -207,7 +245,6 @@ class Generate(Part):
     token_ids: Annotated[tuple[Integer, ...], FailFast()]
     logprobs: Annotated[tuple[LogProb, ...], FailFast()] = ()
     cached_tokens: Count = 0
-    compiles: Compiles = Compiles()
 
 
 #: All of them are judged after each: more would make the judging slower than the cycles.
@@ -279,23 +316,24 @@ class Params(Part):
     bytes_by_device: dict[int, Bytes] = Field(default_factory=dict)
 
 
-class Boot(Part):
+class Boot(Spans):
     """What the boot cost and what each witness saw of it; absent when the user booted the engine."""
 
     seconds: Seconds
     before: Uses
     after: Uses
-    compiles: Compiles = Compiles()
 
 
 class Canary(Part):
     """A known allocation, made and freed: what each witness saw of it (the control of every memory check).
 
-    ``rise_bytes`` and ``fall_bytes`` are None where the witness does not speak; ``device`` is None for the process.
+    ``rise_bytes`` and ``fall_bytes`` are None where the witness does not speak; ``device`` is None for the process,
+    which is that of ``host``.
     """
 
     witness: Witness
     device: Count | None
+    host: Count = 0
     allocated_bytes: Bytes
     rise_bytes: Integer
     fall_bytes: Integer
@@ -368,6 +406,15 @@ class Record(Part):
         """The canaries that one witness was shown on a device or (None) in the process."""
         return remembered(self, "canaries_of", self.canaries, _by_witness).get((witness, device_id), [])
 
+    @property
+    def hosts(self) -> tuple[int | None, ...]:
+        """The ranks of its hosts; ``(None,)`` where there is one, so that nothing needs to say which."""
+        return remembered(self, "hosts", self.devices, _ranks)
+
+    def devices_of(self, host: int | None) -> Sequence[Device]:
+        """The devices of one host, or all for ``None``."""
+        return self.devices if host is None else remembered(self, "by_host", self.devices, _by_host).get(host, [])
+
     def generates_when(self, when: When, cycle: int | None = None) -> list[Generate]:
         """The generations of one kind, of one cycle or of all, in order."""
         return [g for g in self.generates if g.when == when and (cycle is None or g.cycle == cycle)]
@@ -426,6 +473,18 @@ class Record(Part):
 def _host_of(devices: Devices) -> dict[int, int]:
     found = {device.id: device.host for device in devices}
     return found if len(set(found.values())) > 1 else {}
+
+
+def _ranks(devices: Devices) -> tuple[int | None, ...]:
+    ranks = sorted({device.host for device in devices})
+    return tuple(ranks) if len(ranks) > 1 else (None,)
+
+
+def _by_host(devices: Devices) -> dict[int, list[Device]]:
+    found: dict[int, list[Device]] = {}
+    for device in devices:
+        found.setdefault(device.host, []).append(device)
+    return found
 
 
 def _by_witness(canaries: tuple[Canary, ...]) -> dict[tuple[Witness, int | None], list[Canary]]:

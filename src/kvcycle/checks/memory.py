@@ -71,22 +71,25 @@ def device_changes(
                 )
         if not by_rss:
             continue
-        if before.rss_bytes is None or after.rss_bytes is None:
-            if speaks(record, "rss", None):
-                yield unmeasured(check, scope(index), "the process's resident memory was not sampled", "rss")
-        else:
-            total = sum(expected_by_device.get(device.id, 0) for device in record.devices)
+        for host in record.hosts:
+            low, high = before.rss_bytes_of(host), after.rss_bytes_of(host)
+            at_host = scope(index, host=host)
+            if low is None or high is None:
+                if speaks(record, "rss", None):
+                    yield unmeasured(check, at_host, "the process's resident memory was not sampled", "rss")
+                continue
+            total = sum(expected_by_device.get(device.id, 0) for device in record.devices_of(host))
             yield change(
                 check,
-                scope(index),
+                at_host,
                 "rss",
                 before,
                 after,
                 total,
-                (before.rss_bytes, after.rss_bytes),
+                (low, high),
                 tolerance_bytes(record, "rss", total),
                 [*causes, "the process grew or shrank elsewhere meanwhile"],
-                blindness(record, "rss", None),
+                blindness(record, "rss", None, host or 0),
             )
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvcycle.record import DeviceUse, Outcome, Phase, Record, Verdict, Witness
+from kvcycle.record import Compiles, DeviceUse, Outcome, Phase, Record, Verdict, Witness
 from kvcycle.text import exact_bytes, signed_bytes
 
 DEVICE_WITNESSES: tuple[Witness, ...] = ("ledger", "allocator")
 
 
-def scope(cycle: int | None = None, device: int | None = None, part: str | None = None) -> str:
-    """``cycle0-device2``, ``device2``, ``run``: as test ids write it."""
-    parts = [f"cycle{cycle}" if cycle is not None else "", f"device{device}" if device is not None else "", part or ""]
+def scope(cycle: int | None = None, device: int | None = None, part: str | None = None, host: int | None = None) -> str:
+    """``cycle0-device2``, ``device2``, ``cycle0-host1``, ``run``: as test ids write it."""
+    numbered = {"cycle": cycle, "host": host, "device": device}
+    parts = [*(f"{name}{number}" for name, number in numbered.items() if number is not None), part or ""]
     return "-".join(part for part in parts if part) or "run"
 
 
@@ -168,6 +169,12 @@ def at_most(
         message=f"{place}: {text}.",
         causes=tuple(causes) if outcome != "pass" else (),
     )
+
+
+def on_which_host(by_host: Sequence[Compiles], *, traces: bool = False) -> str:
+    """Where the compiler worked, as the end of a sentence's subject: ", 3 on host 1". "" on one host, or nowhere."""
+    work = [compiles.any_work + (compiles.trace if traces else 0) for compiles in by_host]
+    return "".join(f", {number:,} on host {rank}" for rank, number in enumerate(work) if number and len(work) > 1)
 
 
 def unmeasured(check: str, place: Place | str, why: str, witness: Witness | None = None) -> Verdict:
