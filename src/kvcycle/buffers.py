@@ -306,7 +306,8 @@ class ZeroTester:
             array is not None and not array.is_deleted() and BufferSpec.of(array) == spec
             for array, spec in zip(arrays, self._specs, strict=True)
         ):
-            return [bool(flag) for flag in self._any_nonzero(*arrays)]
+            # On every device: to read a flag takes one, and what the others still compute with is in use meanwhile.
+            return [bool(flag) for flag in jax.block_until_ready(self._any_nonzero(*arrays))]
         # What was compiled takes no other layout, and this must not fail where there is something to tell.
         return [array is None or array.is_deleted() or _holds_nonzero(array) for array in arrays]
 

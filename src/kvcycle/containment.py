@@ -133,6 +133,8 @@ class Containment:
         entrypoint._set_envs_and_config = set_envs_and_config
         try:
             with deadline(deadline_s, lambda: self._boot_took_too_long(deadline_s), "the engine's boot"):
+                if hosts.lost() is not None:  # before anybody listened
+                    self._fail_boot()
                 yield
         except EngineBootError:
             self.end()

@@ -165,13 +165,14 @@ class Holder:
         engine = self.channel.engine
         before = internals.weight_leaves(engine)
         swapped_in = not any(leaf.is_deleted() for leaf in before)
-        if update is not None:
-            check_same_layout(ParamSet(tuple(before)), update)
-        elif not swapped_in and not self._keeps_all:
-            raise WeightsStateError(
-                "The weights were discarded when they were released, so there is nothing to resume them from; give a "
-                "new set (update=…), or swap one in with kvcycle.swap() first."
-            )
+        with self.channel.hosts.all_or_none("resume the weights: see that there is what to resume from"):
+            if update is not None:
+                check_same_layout(ParamSet(tuple(before)), update)
+            elif not swapped_in and not self._keeps_all:
+                raise WeightsStateError(
+                    "The weights were discarded when they were released, so there is nothing to resume them from; give "
+                    "a new set (update=…), or swap one in with kvcycle.swap() first."
+                )
         own = update is None and not swapped_in
         wanted = [copy for copy in self._kept if own or id(copy.of) not in self._of_leaves]
         restored: list[jax.Array] = []
