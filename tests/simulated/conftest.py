@@ -40,9 +40,9 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def compiling_anew() -> Iterator[None]:
+def compiling_anew(compiled_once: None) -> Iterator[None]:
     """Nothing is read from the persistent cache, so that what compiles takes as long as it does for users."""
-    folder = jax.config.read("jax_compilation_cache_dir")
+    folder = os.environ[CACHE]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(CACHE)
         jax.config.update("jax_compilation_cache_dir", None)
