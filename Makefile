@@ -10,8 +10,6 @@ VENV := $(if $(filter $(DEFAULT_STACK),$(STACK)),.venv,.venv-$(STACK))
 PINS := constraints/$(STACK).txt
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
-# Where glibc 2.35 or later is, memory for a forward's temporaries comes in pages of 2 MiB: a third of the page faults.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # sglang-jax answers a crash with SIGQUIT to its parent, which would be make: the guard takes it and keeps the exit code.
 PYTEST := $(BIN)/python scripts/guard.py $(BIN)/pytest
 

@@ -3,6 +3,7 @@
 pytest_plugins = [
     "fixtures.options",
     "fixtures.suite",
+    "fixtures.hosts",
     "fixtures.scopes",
     "fixtures.reporting",
     "fixtures.ending",

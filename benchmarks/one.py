@@ -37,12 +37,19 @@ def _overhead(sizes: Sizes) -> Scenario:
     return overhead.run(sizes)
 
 
+def _scale(sizes: Sizes) -> Scenario:
+    from benchmarks import scale
+
+    return scale.run(sizes)
+
+
 #: By name: how it runs, and the page state that its process must be started in. jax is imported by the one that runs.
 SCENARIOS: dict[str, tuple[Callable[[Sizes], Scenario], pages.PageState]] = {
     **{f"rebuild-{state}": (partial(_rebuild, state=state), state) for state in pages.ENVIRONMENT},
     "snapshots": (_snapshots, "default"),
     "curves": (_curves, "mapped"),
     "overhead": (_overhead, "default"),
+    "scale": (_scale, "default"),
 }
 
 

@@ -33,6 +33,9 @@ class Sizes:
     generate_rounds: int
     generate_layers: int
     new_tokens: int
+    #: Of the synthetic records; the last two are held against each other.
+    scale_devices: tuple[int, ...]
+    scale_rounds: int
 
 
 SIZES: dict[Scale, Sizes] = {
@@ -52,6 +55,8 @@ SIZES: dict[Scale, Sizes] = {
         generate_rounds=25,
         generate_layers=4,
         new_tokens=16,
+        scale_devices=(4, 64, 1_024, 10_000),
+        scale_rounds=5,
     ),
     "small": Sizes(
         layers=2,
@@ -69,5 +74,7 @@ SIZES: dict[Scale, Sizes] = {
         generate_rounds=2,
         generate_layers=2,
         new_tokens=4,
+        scale_devices=(4, 16),
+        scale_rounds=2,
     ),
 }

@@ -220,6 +220,12 @@ def bytes_by_device(arrays: Iterable[jax.Array]) -> dict[int, int]:
     return dict(sorted(totals.items()))
 
 
+def delete(arrays: Iterable[jax.Array]) -> None:
+    """Free what the arrays hold."""
+    for array in arrays:
+        array.delete()
+
+
 def spec_bytes_by_device(specs: Iterable[BufferSpec]) -> dict[int, int]:
     """Logical bytes that arrays of these specs take on each local device, by device id; a device may pad them."""
     totals: dict[int, int] = {}
@@ -278,8 +284,7 @@ class ZeroAllocator:
             jax.block_until_ready(list(arrays.values()))
         except BaseException:
             # The exception's traceback would keep what is there already alive for as long as somebody keeps it.
-            for array in arrays.values():
-                array.delete()
+            delete(arrays.values())
             raise
         return [arrays[index] for index in range(len(self._specs))]
 
@@ -301,7 +306,8 @@ class ZeroTester:
             array is not None and not array.is_deleted() and BufferSpec.of(array) == spec
             for array, spec in zip(arrays, self._specs, strict=True)
         ):
-            return [bool(flag) for flag in self._any_nonzero(*arrays)]
+            # On every device: to read a flag takes one, and what the others still compute with is in use meanwhile.
+            return [bool(flag) for flag in jax.block_until_ready(self._any_nonzero(*arrays))]
         # What was compiled takes no other layout, and this must not fail where there is something to tell.
         return [array is None or array.is_deleted() or _holds_nonzero(array) for array in arrays]
 

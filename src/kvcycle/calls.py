@@ -134,10 +134,15 @@ def result_of(operation: Callable[..., Any], answer: dict[str, Any]) -> Any:
     """
     if "error" not in answer:
         return _returns(operation).validate_python(answer["result"], strict=False)
+    raise error_in(answer)
+
+
+def error_in(answer: dict[str, Any]) -> KVCycleError:
+    """The error in an answer: of the class that was raised there, with the same sentence and figures."""
     kind = getattr(errors, answer["error"], KVCycleError)
     if not (isinstance(kind, type) and issubclass(kind, KVCycleError)):
         kind = KVCycleError
-    raise kind(answer["sentence"], **{name: _figures(name, value) for name, value in answer["figures"].items()})
+    return kind(answer["sentence"], **{name: _figures(name, value) for name, value in answer["figures"].items()})
 
 
 def _figures(name: str, value: Any) -> Any:

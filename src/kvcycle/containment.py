@@ -25,6 +25,7 @@ import logging
 import re
 import signal
 import textwrap
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvcycle import hosts
 from kvcycle.deadline import deadline
 from kvcycle.errors import EngineBootError, EngineCrashedError
 from kvcycle.inband import Channel
@@ -126,9 +128,13 @@ class Containment:
 
         self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         logging.getLogger("sgl_jax").addHandler(self.last_words)
+        signal.signal(signal.SIGQUIT, self._fail_boot)
+        stop_listening = hosts.listen(self._lose_in_boot)
         entrypoint._set_envs_and_config = set_envs_and_config
         try:
             with deadline(deadline_s, lambda: self._boot_took_too_long(deadline_s), "the engine's boot"):
+                if hosts.lost() is not None:  # before anybody listened
+                    self._fail_boot()
                 yield
         except EngineBootError:
             self.end()
@@ -140,6 +146,7 @@ class Containment:
             self.end()
             raise
         finally:
+            stop_listening()
             entrypoint._set_envs_and_config = original
             _keep_message_contexts()
 
@@ -153,7 +160,14 @@ class Containment:
         # Learn which thread is the scheduler's: a crash is logged before its SIGQUIT is sent, so whoever gives the
         # signal handlers back must see that thread end first.
         channel.call(lambda: None)
-        manager = engine.tokenizer_manager
+        self._give_back.append(hosts.listen(self.note_crash))
+        if engine.tokenizer_manager is not None:  # None on a host that takes no requests
+            self._contain_the_tokenizer(engine, engine.tokenizer_manager)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.signal(signal.SIGQUIT, self._note_signal)
+
+    def _contain_the_tokenizer(self, engine: Any, manager: Any) -> None:
         from sgl_jax.srt.managers import tokenizer_manager as module
 
         def note_instead_of_killing(*_args: Any, **_kwargs: Any) -> None:
@@ -166,9 +180,6 @@ class Containment:
         manager.auto_create_handle_loop()
         for number in (signal.SIGTERM, signal.SIGQUIT):
             engine.loop.remove_signal_handler(number)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        signal.signal(signal.SIGQUIT, self._note_signal)
         self._fail_requests_at_crash(manager)
 
     def end(self) -> None:
@@ -181,7 +192,15 @@ class Containment:
             with suppress(ValueError):  # not the main thread: then none was set either
                 signal.signal(number, _take_no_notice if late else handler)
 
+    def _lose_in_boot(self, sentence: str) -> None:
+        """Another host is lost: the main thread would wait for it, and takes no notice but of a signal."""
+        self.crash = self.crash or sentence
+        if (main := threading.main_thread().ident) is not None:
+            signal.pthread_kill(main, signal.SIGQUIT)
+
     def _fail_boot(self, *_: Any) -> None:
+        if (sentence := hosts.lost()) is not None:
+            raise EngineBootError(f"The engine did not boot. {sentence}")
         cause = self.crash or self.last_words.text
         self.note_crash(cause)
         raise EngineBootError(f"The engine did not boot. Its last words: {cause}")

@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from kvcycle import capacity, compiles, memory
+from kvcycle import compiles, inband, memory, merge
 from kvcycle.buffers import BufferSpec
 from kvcycle.canary import release_canaries
 from kvcycle.deadline import step_deadline
 from kvcycle.engine import boot_evidence, stack
 from kvcycle.errors import ParamSetError
+from kvcycle.facts import device_facts, kv_facts, params_facts
 from kvcycle.generate import generate_once
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet, Sharing, perturbed, sharing, swap
 from kvcycle.platform import few_objects_to_collect, return_freed_memory
-from kvcycle.pools import claimed_bytes, pool_facts, slots_of, weight_arrays
+from kvcycle.pools import slots_of, weight_arrays
 from kvcycle.predict import predict_by_arithmetic
 from kvcycle.profile import Profile
 from kvcycle.record import (
     KV,
+    Boot,
     Canary,
     Cycle,
     Device,
@@ -102,6 +104,9 @@ class _Run:
         self.progress, self.details = progress, details
         self.predicted = predicted or predict_by_arithmetic(profile, "cpu" if jax.default_backend() == "cpu" else "tpu")
         self.kv = KVCache(engine)
+        self.hosts = inband.channel_of(engine).hosts
+        #: The record's number of every device by its id: on virtual devices those of several hosts are far apart.
+        self.numbers = {id_: number for number, id_ in enumerate(sorted(device.id for device in jax.devices()))}
         self.params2: ParamSet | None = None
         self.started = time.perf_counter()
         self.phases: list[list[Phase]] = []
@@ -112,8 +117,12 @@ class _Run:
         self.canaries: tuple[Canary, ...] = ()
         self.created = now()
         # Taken once: neither may depend on what the run does to the engine.
-        self.kv_facts = self._kv()
-        self.params_facts = self._params()
+        self.devices = self._together(tuple[Device, ...], device_facts(self._devices(), self.hosts.rank), merge.devices)
+        self.kv_facts = self._together(KV, kv_facts(engine, self.kv, self.predicted), merge.kv)
+        self.params_facts = self._together(Params, params_facts(engine), merge.params)
+        self.boot = boot_evidence(engine)
+        if self.boot is not None:
+            self.boot = self._together(Boot, self.boot, merge.boot)
 
     def run(self) -> Record:
         """Everything, in order."""
@@ -123,7 +132,8 @@ class _Run:
     def _run(self) -> Record:
         self.progress("control: does every witness see an allocation of known size?")
         with step_deadline(self.engine, self.profile, "the control of the witnesses"):
-            self.canaries = release_canaries(self._devices(), self.profile.cycle.canary_bytes, self._sample)
+            seen = release_canaries(self._devices(), self.profile.cycle.canary_bytes, self._sample)
+            self.canaries = self._together(tuple[Canary, ...], seen, merge.canaries)
         for index in range(self.profile.cycle.cycles):
             self.cycle(index)
         if self.profile.cycle.generate and self.profile.cycle.recompile_control:
@@ -194,12 +204,13 @@ class _Run:
         """Drain and flush, and note what nobody owns: the engine's last batch, and whatever leaks."""
         self.kv.flush()
         if self.profile.cycle.generate:
-            self.residues[-1].append({use.id: use.by_owner.get("other", 0) for use in self._sample().devices})
+            residue = {use.id: use.by_owner.get("other", 0) for use in self._sample().devices}
+            self.residues[-1].append(self._together(dict[int, int], residue, merge.residue))
 
     def _borrow(self) -> Params2Info:
         """Allocate the second parameter set in the freed memory."""
-        requested = self.params_facts.bytes_by_device
         first = ParamSet.of(self.engine)
+        requested = first.bytes_by_device
         try:
             # Perturbed only where the output is compared: it must then follow the weights.
             change = perturbed(self.profile.cycle.perturb) if self.profile.cycle.generate else None
@@ -239,13 +250,14 @@ class _Run:
         finally:
             with step_deadline(self.engine, self.profile, f"cycle {index}: the swap back to the first parameter set"):
                 swap(self.engine, before)
-        self.swaps[index] = SwapInfo(
+        swapped = SwapInfo(
             leaves=shared.leaves,
             runner_shared=shared.runner_shared,
             model_shared=shared.model_shared,
             model_params=shared.model_params,
             restored=sharing(self.engine, before).runner_shared,
         )
+        self.swaps[index] = self._together(SwapInfo, swapped, merge.swap)
         self._generate("after_swap_back", index)
         self._note_residue()
 
@@ -303,18 +315,17 @@ class _Run:
             yield info.append
         ended = time.perf_counter()
         sample = self._sample()
-        self.phases[-1].append(
-            Phase(
-                name=name,
-                t_s=ended - self.started,
-                seconds=ended - began,
-                rss_bytes=sample.rss_bytes,
-                devices=sample.devices,
-                ledger_bytes_sum=sample.ledger_bytes_sum,
-                compiles=span.end(),
-                info=info[0] if info else None,
-            )
+        measured = Phase(
+            name=name,
+            t_s=ended - self.started,
+            seconds=ended - began,
+            rss_bytes=sample.rss_bytes,
+            devices=sample.devices,
+            ledger_bytes_sum=sample.ledger_bytes_sum,
+            compiles=span.end(),
+            info=info[0] if info else None,
         )
+        self.phases[-1].append(self._together(Phase, measured, merge.phase))
         self._save()  # first: what was said to be done is on disk
         self._tell(index, self.phases[-1])
 
@@ -345,27 +356,9 @@ class _Run:
         local = {device.id: device for device in jax.local_devices()}
         return [local[device_id] for device_id in self.kv.bytes_by_device if device_id in local]
 
-    def _kv(self) -> KV:
-        predicted = self.predicted
-        return KV(
-            buffers=self.kv.buffers,
-            bytes=self.kv.bytes,
-            bytes_by_device=self.kv.bytes_by_device,
-            predicted_bytes=predicted.total_bytes if predicted else None,
-            predicted_bytes_by_device=dict.fromkeys(self.kv.bytes_by_device, predicted.bytes_per_device)
-            if predicted
-            else None,
-            predicted_by=predicted.by if predicted else None,
-            predicted_how=predicted.formula if predicted else None,
-            claimed_bytes=claimed_bytes(self.engine),
-            pools=pool_facts(self.engine, self.kv.slots),
-        )
-
-    def _params(self) -> Params:
-        weights = ParamSet.of(self.engine)
-        return Params(
-            arrays=len(weights.leaves), bytes_on_devices=weights.bytes, bytes_by_device=weights.bytes_by_device
-        )
+    def _together[T](self, kind: Any, mine: T, merged: Callable[[Sequence[T]], T]) -> T:
+        """What all hosts have measured; on one host, and on those that are not the first, what this one has."""
+        return merge.together(self.hosts, kind, mine, merged, self.numbers)
 
     def _cycle(self, index: int) -> Cycle:
         noted, before = self.residues[index], self.residues_before.get(index)
@@ -380,15 +373,12 @@ class _Run:
         record = Record(
             evidence=_EVIDENCE[jax.default_backend()],
             created=self.created,
-            profile=self.profile.model_dump(mode="json"),
+            profile=self.profile.model_dump(mode="json", exclude={"engine": {"node_rank", "dist_init_addr"}}),
             stack=stack(),
-            devices=tuple(
-                Device(id=device.id, kind=device.device_kind, limit_bytes=capacity.limit_bytes(device))
-                for device in self._devices()
-            ),
+            devices=self.devices,
             kv=self.kv_facts,
             params=self.params_facts,
-            boot=boot_evidence(self.engine),
+            boot=self.boot,
             canaries=self.canaries,
             cycles=tuple(self._cycle(index) for index in range(len(self.phases))),
             generates=tuple(self.generates),

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from kvcycle.containment import Containment
 
 _EVIDENCE = "_kvcycle_boot"
+#: By this sglang-jax decides whether Engine() returns on a host that is not the first; by default it never does.
+_BLOCKS = "SGLANG_BLOCK_NONZERO_RANK_CHILDREN"
 _STOP_S = 60.0
 _STOP_DEAD_S = 5.0
 
@@ -39,7 +41,7 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
 
     Raises:
         ProfileError: the profile cannot run on the platform; on CPU also: not in this machine's free memory.
-        PlatformError: jax runs on another platform, or has too few devices.
+        PlatformError: jax runs on another platform, or has too few devices; of several hosts one did not come.
         EngineBootError: the engine did not come up, with its last words.
     """
     chosen = platform or ("cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" else "tpu")
@@ -47,7 +49,7 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
     folder = profile.boot_folder(chosen)
     if chosen == "cpu":
         host_memory.check(profile)
-    platforms.prepare(chosen, profile.devices_needed)
+    join_hosts(profile, chosen)
     _check_devices(chosen, profile)
 
     import jax
@@ -70,6 +72,7 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
         # Made before it is booted: its shutdown(), which kills every child process of this one, must go from atexit
         # also where the boot fails.
         engine = Engine.__new__(Engine)
+        blocks, os.environ[_BLOCKS] = os.environ.get(_BLOCKS), "0"
         try:
             engine.__init__(
                 model_path=str(folder or profile.model.path),
@@ -79,15 +82,33 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
             )
         finally:
             atexit.unregister(engine.shutdown)
+            if blocks is not None:
+                os.environ[_BLOCKS] = blocks
+            else:
+                del os.environ[_BLOCKS]
         seconds = time.perf_counter() - started
         channel = inband.channel_of(engine)
         containment.surround(channel)
-        if chosen == "cpu":
+        if chosen == "cpu" and channel.hosts.is_first:  # the others wait for its messages
             internals.rest_when_idle(channel.scheduler)
         jax.block_until_ready(internals.weight_leaves(engine))
     evidence = Boot(seconds=seconds, before=before, after=memory.snapshot().devices, compiles=span.end())
     setattr(engine, _EVIDENCE, evidence)
     return BootedEngine(engine, containment)
+
+
+def join_hosts(profile: Profile, platform: Platform) -> None:
+    """Prepare the process for the profile's share of the devices and, of several hosts, meet the others.
+
+    Raises:
+        PlatformError: jax runs already, on another platform or alone; or a host did not come.
+    """
+    engine = profile.engine
+    platforms.prepare(platform, profile.devices_here, engine.nnodes)
+    if engine.nnodes > 1:
+        from kvcycle import rendezvous
+
+        rendezvous.join(engine.node_rank, engine.nnodes, str(engine.dist_init_addr), profile.timeouts.boot_s)
 
 
 def boot_evidence(engine: Any) -> Boot | None:
@@ -121,6 +142,11 @@ class BootedEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        from kvcycle import inband, rendezvous
+
+        hosts = inband.channel_of(self.engine).hosts
+        if error is not None and hosts.several:  # the others would wait for this one
+            rendezvous.tell_of_the_end(hosts.rank, f"{type(error).__name__}: {error}")
         self.close()
 
     def close(self, stop_s: float | None = None) -> None:
@@ -172,7 +198,13 @@ def _check_devices(platform: Platform, profile: Profile) -> None:
             f"jax finds no TPU here (its backend is {jax.default_backend()}). Run on a TPU VM with jax[tpu] installed, "
             "or on virtual CPU devices (--kv-platform cpu, or kvcycle.boot(profile, platform='cpu'))."
         )
-    found = len(jax.devices())
+    found, hosts = len(jax.devices()), profile.engine.nnodes
+    if hosts > 1 and (found != profile.devices_needed or len(jax.local_devices()) != profile.devices_here):
+        raise ProfileError(
+            f"Over several hosts an engine takes every device: engine.tp_size={profile.engine.tp_size} asks for "
+            f"{profile.devices_here} on each of {hosts} hosts, jax finds {found} on {jax.process_count()} host(s), "
+            f"{len(jax.local_devices())} of them here. Set engine.tp_size to {found}, or start on every host there is."
+        )
     if found < profile.devices_needed:
         raise ProfileError(
             f"engine.tp_size={profile.engine.tp_size} needs {profile.devices_needed} devices, jax finds {found} on "

@@ -31,6 +31,14 @@ class StepTimeoutError(EngineCrashedError):
     """A step did not end by its deadline; whatever it waited for, the engine can only be closed."""
 
 
+class HostLostError(EngineCrashedError):
+    """Another host of the engine has ended, or does not answer; the engine can only be closed, on every host."""
+
+
+class HostsDisagreeError(HostLostError):
+    """The hosts of an engine do not make the same calls in the same order; none of them was done."""
+
+
 class UnsupportedEngineError(KVCycleError):
     """The object is no in-process sglang-jax engine, or one whose parts kvcycle does not know."""
 

@@ -24,12 +24,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, cast
 
+from kvcycle import rendezvous
 from kvcycle.calls import At, When
 from kvcycle.errors import EngineBusyError, EngineCrashedError
+from kvcycle.hosts import Hosts
 from kvcycle.internals import (
+    SharedStore,
     after_idle_work,
     between_batches,
     is_fully_idle,
+    rank_and_count,
     refuse_requests,
     scheduler_of,
     unfinished_requests,
@@ -53,6 +57,11 @@ class Call:
     ticket: int
 
 
+@dataclass(frozen=True)
+class Stop:
+    """The message that ends the scheduler's thread, on every host."""
+
+
 @dataclass
 class Pending:
     """A call on its way to the right moment on the scheduler's thread, and what becomes of it."""
@@ -63,6 +72,9 @@ class Pending:
     #: By time.monotonic(): a call that comes to be looked at later is not begun.
     expires_s: float = math.inf
     since_s: float = field(default_factory=time.monotonic)
+    #: What is called, for hosts that compare; and its number, the same on every host.
+    what: str = "a call"
+    ticket: int = 0
     future: Future[Any] = field(default_factory=Future)
 
     def refuse(self, error: Exception) -> None:
@@ -77,6 +89,8 @@ class Channel:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.scheduler = scheduler_of(engine)
+        #: The engine's hosts: what one of them cannot do, none does.
+        self.hosts = _hosts_of(self.scheduler)
         #: What killed the engine, set by whoever notices (see containment.py); None while it lives.
         self.crash: str | None = None
         #: The scheduler's thread, known after the first call.
@@ -105,7 +119,7 @@ class Channel:
         """The same for a caller on any thread: made, where it is new, once the engine is idle."""
         if (found := self._parts.get(part)) is not None:
             return cast(Part, found)
-        return self.call(lambda: self.part(part), at="idle", timeout_s=ATTACH_S)
+        return self.call(lambda: self.part(part), at="idle", timeout_s=ATTACH_S, what=f"attach {part}")
 
     def ask[Part, **P, T](
         self,
@@ -129,6 +143,7 @@ class Channel:
             timeout_s=when.timeout_s,
             wait_for_requests=when.wait_for_requests,
             abandoned=when.abandoned,
+            what=operation.__qualname__,
         )
 
     def take[Message](self, kind: type[Message], handler: Callable[[Message], None]) -> None:
@@ -151,6 +166,7 @@ class Channel:
         timeout_s: float = 60.0,
         wait_for_requests: bool = False,
         abandoned: Callable[[], bool] = lambda: False,
+        what: str = "a call",
     ) -> T:
         """Run ``function`` on the scheduler's thread and return what it returns.
 
@@ -160,6 +176,7 @@ class Channel:
             timeout_s: how long to wait for the moment; a call that was not started by then is withdrawn.
             wait_for_requests: with ``"idle"``, wait for queued and running requests instead of refusing.
             abandoned: asked now and then while waiting; True withdraws a call that was not started.
+            what: on several hosts each makes the call, and they compare this.
 
         Raises:
             EngineBusyError: requests are queued or running, or still were when the time was up.
@@ -167,16 +184,23 @@ class Channel:
         """
         if self.crash is not None:
             raise EngineCrashedError(f"The engine is dead and can only be closed: {self.crash}")
-        pending = Pending(function, at, wait_for_requests)
+        pending = Pending(function, at, wait_for_requests, what=what)
         self.send(pending)
         return cast(T, self._await(pending, timeout_s, abandoned))
 
     def send(self, pending: Pending) -> None:
         """Send the message to the scheduler's thread, and do not wait for an answer."""
         with self._send_lock:  # the socket is not thread-safe
-            ticket = next(self._tickets)
-            self._pending[ticket] = pending
-            self.engine.send_to_rpc.send_pyobj(Call(ticket))
+            pending.ticket = next(self._tickets)
+            self._pending[pending.ticket] = pending
+            self.hosts.agree(pending.what)  # every host has its function ready when the message comes
+            if self.hosts.is_first:  # sglang-jax hands on to the others what the first receives
+                self.engine.send_to_rpc.send_pyobj(Call(pending.ticket))
+
+    def tell_to_stop(self) -> None:
+        """Send the message that ends the scheduler's thread."""
+        with self._send_lock:
+            self.engine.send_to_rpc.send_pyobj(Stop())
 
     def _await(self, pending: Pending, timeout_s: float, abandoned: Callable[[], bool]) -> Any:
         deadline = time.monotonic() + timeout_s
@@ -199,6 +223,7 @@ class Channel:
 
     def _install(self) -> None:
         self.take(Call, self._receive)
+        self.take(Stop, _stop)
         next_batch = self.scheduler.get_next_batch_to_run
 
         def next_batch_unless_held() -> Any:
@@ -213,7 +238,7 @@ class Channel:
             due = [pending for pending in self._deferred if pending.at == at]
             self._deferred = [pending for pending in self._deferred if pending.at != at]
             for pending in due:
-                _run(pending)
+                self._run(pending)
 
     def _has_come(self, at: At) -> bool:
         if at == "idle":
@@ -228,7 +253,7 @@ class Channel:
     def admit(self, pending: Pending) -> None:
         """On the scheduler's thread: run now, put off to the right moment, or refuse."""
         if time.monotonic() <= pending.expires_s and self._has_come(pending.at):
-            _run(pending)
+            self._run(pending)
             return
         counts = unfinished_requests(self.scheduler)
         if time.monotonic() > pending.expires_s:
@@ -244,6 +269,18 @@ class Channel:
         else:
             # A reply is sent before the pipeline behind it has drained, so a call right after a generate() waits here.
             self._deferred.append(pending)
+
+    def _run(self, pending: Pending) -> None:
+        begins = pending.future.set_running_or_notify_cancel()
+        try:
+            with self.hosts.in_call(pending.ticket):
+                self.hosts.agree(f"begin {pending.what}", None if begins else _withdrawn())
+                result = pending.function()
+        except BaseException as error:  # noqa: BLE001 - the scheduler's loop must never see it: it would kill the process
+            if begins:
+                pending.future.set_exception(error)
+        else:
+            pending.future.set_result(result)
 
     def withdraw(self, pending: Pending) -> None:
         """On the scheduler's thread: a call that was not begun shall not be."""
@@ -261,19 +298,24 @@ def not_idle(timeout_s: float, counts: dict[str, int]) -> EngineBusyError:
     )
 
 
-def _run(pending: Pending) -> None:
-    if not pending.future.set_running_or_notify_cancel():
-        return
-    try:
-        result = pending.function()
-    except SystemExit as stop:
-        # Asked for by stop_scheduler(): threading ends the thread quietly on it, and the loop catches only Exception.
-        pending.future.set_result(None)
-        raise stop
-    except BaseException as error:  # noqa: BLE001 - the scheduler's loop must never see it: it would kill the process
-        pending.future.set_exception(error)
-    else:
-        pending.future.set_result(result)
+def _withdrawn() -> EngineBusyError:
+    """What a host whose caller has given up tells the others, so that none begins."""
+    return EngineBusyError("The call was withdrawn before it had begun: the engine did not become idle in time.", {})
+
+
+def _hosts_of(scheduler: Any) -> Hosts:
+    rank, count = rank_and_count(scheduler)
+    if count == 1:
+        return Hosts()
+    rendezvous.watch(rank, count)
+    return Hosts(rank, count, SharedStore(), name=f"engine{next(_engines)}")
+
+
+_engines = itertools.count()
+
+
+def _stop(_message: Stop) -> None:
+    raise SystemExit  # threading ends the thread quietly on it, and the loop catches only Exception
 
 
 def _counts_text(counts: dict[str, int]) -> str:
@@ -309,15 +351,12 @@ def stop_scheduler(channel: Channel, *, timeout_s: float = 30.0) -> bool:
     Returns:
         Whether both threads have ended; one that waits for a device which does not answer cannot be ended.
     """
-
-    def leave() -> None:
-        raise SystemExit
-
     deadline = time.monotonic() + timeout_s
     threads = [channel.thread]
     with _quiet_exit():
         if channel.thread is not None and channel.thread.is_alive():
-            channel.send(Pending(leave, at="now", wait_for_requests=False))
+            if channel.hosts.is_first:
+                channel.tell_to_stop()
             channel.thread.join(timeout_s)
     worker = channel.scheduler.tp_worker
     if (queue := getattr(worker, "input_queue", None)) is not None:

@@ -12,6 +12,9 @@ Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0; what only one of them has is asked for
 - ``Scheduler.__init__`` and ``scheduler.recv_from_rpc``: the other end of ``engine.send_to_rpc``, whose messages the
   loop takes; both are DEALERs, so an answer goes back through it, which sglang-jax itself never does;
 - ``http_server``: ``app``, ``launch``, the ``_launch_subprocesses_or_threads`` that it calls, the routes' functions;
+- of an engine on several hosts ``scheduler.node_rank``, ``.nnodes``, and on a host that is not the first, whose engine
+  has no ``scheduler_info``, target and arguments of the scheduler's thread (``scheduler_loop_after_create``);
+- of jax, ``jax._src.distributed.global_state.client``: the hosts' key-value store, which no public function reaches;
 - ``forward_batch_info.device_array``, on CPU: how a batch's numpy arrays get to the devices;
 - ``engine.tokenizer_manager.generate_request``: what generate, async_generate, streaming, encode, rerank and score go
   through, and ``.flush_cache``.
@@ -20,6 +23,7 @@ Seen on sglang-jax 0.1.0rc0 and 0.0.3rc0; what only one of them has is asked for
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -43,6 +47,10 @@ def scheduler_of(engine: Any) -> Any:
         UnsupportedEngineError: it is none, or its scheduler runs in another process.
     """
     info = getattr(engine, "scheduler_info", None)
+    if info is None and (scheduler := _scheduler_of_a_later_host(engine)) is not None:
+        info = engine.scheduler_info = {
+            "scheduler": scheduler
+        }  # where the first host has it, also after the thread's end
     if not isinstance(info, dict):
         raise UnsupportedEngineError(
             f"{type(engine).__name__} is no booted sglang-jax Engine: it has no scheduler_info. Pass the object that "
@@ -68,6 +76,57 @@ def scheduler_of(engine: Any) -> Any:
             f"This sglang-jax's scheduler has no {', no '.join(missing)}; kvcycle was tested with {_tested_stacks()}."
         )
     return scheduler
+
+
+def _scheduler_of_a_later_host(engine: Any) -> Any:
+    """On a host that is not the first sglang-jax keeps its scheduler nowhere but in the thread that runs it."""
+    for thread in threading.enumerate():
+        target: Any = getattr(thread, "_target", None)
+        arguments: Any = getattr(thread, "_args", ())
+        if getattr(target, "__name__", "") == "scheduler_loop_after_create" and (
+            arguments[0] is getattr(engine, "server_args", arguments)
+        ):
+            return arguments[1]
+    return None
+
+
+def rank_and_count(scheduler: Any) -> tuple[int, int]:
+    """Which of its engine's hosts a scheduler is on, and how many there are."""
+    return int(getattr(scheduler, "node_rank", 0)), int(getattr(scheduler, "nnodes", 1) or 1)
+
+
+class SharedStore:
+    """The key-value store of ``jax.distributed``, which every host of this process's jax can read and write."""
+
+    def __init__(self) -> None:
+        from jax._src import distributed
+
+        self._client: Any = distributed.global_state.client
+        if self._client is None:
+            raise UnsupportedEngineError("jax.distributed has not been started, so there is only this host.")
+
+    def set(self, key: str, value: str) -> None:
+        """Set a key, also one that is set already."""
+        self._client.key_value_set(key, value, True)
+
+    def wait_for(self, key: str, timeout_s: float) -> str | None:
+        """The value of a key, once it is set; None if it was not within ``timeout_s``."""
+        try:
+            value: str = self._client.blocking_key_value_get(key, max(1, round(timeout_s * 1000)))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return None
+            raise
+        return value
+
+    def below(self, folder: str) -> dict[str, str]:
+        """The keys that are set below ``folder/``, without it, and their values."""
+        found: list[tuple[str, str]] = self._client.key_value_dir_get(folder)
+        return {key.removeprefix(f"{folder}/"): value for key, value in found}
+
+    def delete(self, key: str) -> None:
+        """Delete a key, or all below it."""
+        self._client.key_value_delete(key)
 
 
 def is_served_elsewhere(engine: Any) -> bool:

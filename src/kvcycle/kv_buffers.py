@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 
 from kvcycle import capacity, internals, memory
-from kvcycle.buffers import BufferSpec, ZeroAllocator, ZeroTester, bytes_by_device
+from kvcycle.buffers import BufferSpec, ZeroAllocator, ZeroTester, bytes_by_device, delete
 from kvcycle.errors import KVCacheDroppedError, KVCacheStateError, RebuildError, UnknownBufferError
 from kvcycle.inband import Channel
 from kvcycle.pools import slots_of, weight_arrays
@@ -100,19 +100,15 @@ class Buffers:
         """On the scheduler's thread: nothing is running and nothing can start before this returns."""
         # Asked again here: of two callers that both found it resident, one comes second.
         self.expect("resident", "dropped already", "another caller dropped it first; one rebuild() serves both")
-        # While something else is released no request runs, and those that wait have computed nothing.
-        internals.flush(self.channel.scheduler, keep_waiting=keep_waiting or self.channel.held)
-        found = {slot.path: slot.find() for slot in self.slots}
-        gone = [path for path, array in found.items() if array is None or array.is_deleted()]
-        if gone:
-            raise KVCacheStateError(
-                f"The KV cache cannot be dropped: {len(gone)} of its {len(found)} buffers are deleted already, first "
-                f"{gone[0]}. Something else than its KVCache deleted them; boot the engine anew."
-            )
-        arrays: list[Any] = list(found.values())
-        # A buffer in use by a pending computation would be freed later; a donated one has no bytes to sum.
-        jax.block_until_ready(arrays)
-        freed_by_device = bytes_by_device(arrays)
+        with self.channel.hosts.all_or_none("drop the KV cache: see that its buffers are there"):
+            self._found()
+        with self.channel.hosts.all_or_none("drop the KV cache"):
+            # While something else is released no request runs, and those that wait have computed nothing.
+            internals.flush(self.channel.scheduler, keep_waiting=keep_waiting or self.channel.held)
+            arrays = self._found()
+            # A buffer in use by a pending computation would be freed later; a donated one has no bytes to sum.
+            jax.block_until_ready(arrays)
+            freed_by_device = bytes_by_device(arrays)
         self.channel.lacking.add(KV_CACHE)
         self.state = "dropped"
         deleted = missing = 0
@@ -132,6 +128,16 @@ class Buffers:
             aborted=aborted,
         )
 
+    def _found(self) -> list[Any]:
+        found = {slot.path: slot.find() for slot in self.slots}
+        gone = [path for path, array in found.items() if array is None or array.is_deleted()]
+        if gone:
+            raise KVCacheStateError(
+                f"The KV cache cannot be dropped: {len(gone)} of its {len(found)} buffers are deleted already, first "
+                f"{gone[0]}. Something else than its KVCache deleted them; boot the engine anew."
+            )
+        return list(found.values())
+
     def abort_requests(self) -> list[str]:
         """Abort every request and let no new one start, where that can be seen to, until :meth:`reopen`."""
         self._closing = True
@@ -148,10 +154,12 @@ class Buffers:
     def rebuild(self) -> None:
         """On the scheduler's thread."""
         self.expect("dropped", "resident already", "another caller rebuilt it first")
-        try:
-            arrays = self.allocate()
-        except jax.errors.JaxRuntimeError as error:
-            raise self._no_room(error) from error
+        arrays: list[jax.Array] = []
+        with self.channel.hosts.all_or_none("rebuild the KV cache", undo=lambda: delete(arrays)):
+            try:
+                arrays += self.allocate()
+            except jax.errors.JaxRuntimeError as error:
+                raise self._no_room(error) from error
         for slot, array in zip(self.slots, arrays, strict=True):
             slot.set(array)
         self.state = "resident"

@@ -67,11 +67,13 @@ def _read(array: jax.Array) -> _Shards:
         if _in_host_memory(array):
             return ()
         array.block_until_ready()
-        if len(array.sharding.device_set) == 1 and array.is_fully_addressable:
+        local = array.sharding.addressable_devices
+        if len(local) == 1:
             # Its only shard's data would be the array itself: jax 0.8.1 keeps that cycle, and with it the buffer,
-            # until the garbage collector comes by.
-            (device,) = array.devices()
-            return (_entry(device, array),)
+            # until the garbage collector comes by; and of an array over several hosts jax may fail to make that shard.
+            (device,) = local
+            place, size = _entry(device, array)
+            return ((place, size // len(array.sharding.device_set)),)  # which counts as often as there are devices
         shards = []
         for shard in array.addressable_shards:
             shards.append(_entry(shard.device, shard.data))

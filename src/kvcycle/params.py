@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcycle import capacity, inband, internals
-from kvcycle.buffers import bytes_by_device
+from kvcycle.buffers import bytes_by_device, delete
 from kvcycle.errors import ParamSetError
 from kvcycle.text import exact_bytes, first_line
 
@@ -66,8 +66,7 @@ class ParamSet:
 
     def delete(self) -> None:
         """Free the set's memory. Never the set an engine is running on."""
-        for leaf in self.leaves:
-            leaf.delete()
+        delete(self.leaves)
 
     def buffers(self) -> list[tuple[int, int]]:
         """(device id, address) of every shard."""
@@ -106,9 +105,12 @@ class ParamSetMaker:
             ParamSetError: there is no room for it; nothing stays allocated.
         """
         source = ParamSet.of(self._engine)
-        with _told_as_no_room(source):
+        leaves: list[jax.Array] = []
+        hosts = inband.channel_of(self._engine).hosts
+        with hosts.all_or_none("clone the weights", undo=lambda: delete(leaves)), _told_as_no_room(source):
             capacity.claim(source.bytes_by_device)
-            return ParamSet(tuple(jax.block_until_ready(self._make(list(source.leaves)))))
+            leaves += jax.block_until_ready(self._make(list(source.leaves)))
+        return ParamSet(tuple(leaves))
 
 
 @contextmanager
@@ -166,7 +168,7 @@ def swap(engine: Any, params: ParamSet) -> ParamSet:
         EngineBusyError: requests are queued or running.
     """
     channel = inband.channel_of(engine)
-    return channel.call(lambda: _swap(channel, params), at="idle")
+    return channel.call(lambda: _swap(channel, params), at="idle", what="swap")
 
 
 @contextmanager
@@ -181,7 +183,8 @@ def swapped(engine: Any, params: ParamSet) -> Iterator[ParamSet]:
 
 def _swap(channel: inband.Channel, params: ParamSet) -> ParamSet:
     before = ParamSet.of(channel.engine)
-    check_same_layout(before, params)
+    with channel.hosts.all_or_none("swap the weights"):
+        check_same_layout(before, params)
     if "kv_cache" not in channel.lacking:  # else the prefix cache is empty already
         internals.flush(channel.scheduler, keep_waiting=channel.held)
     internals.set_weights(channel.engine, params.leaves)

@@ -20,10 +20,15 @@ _M_MMAP_THRESHOLD = -3
 _MAPPED_FROM_BYTES = 1 << 20
 
 
-def prepare(platform: Platform, devices: int) -> None:
+def prepare(platform: Platform, devices: int, hosts: int = 1) -> None:
     """Set the process up so that jax comes up on ``platform`` with at least ``devices`` devices.
 
     Best called before jax is imported; where jax is imported but has not started its backends yet, it still works.
+
+    Args:
+        platform: where to run.
+        devices: how many devices this process needs.
+        hosts: how many hosts there are. Of several, jax is asked for its devices only when they have met.
 
     Raises:
         PlatformError: jax already runs on another platform, or with fewer devices.
@@ -37,7 +42,8 @@ def prepare(platform: Platform, devices: int) -> None:
 
         if platform == "cpu":
             jax.config.update("jax_platforms", "cpu")  # the variable was read at the import
-        _check_imported(platform, devices)
+        if hosts == 1:
+            _check_imported(platform, devices)
 
 
 def _with_device_count(flags: str, devices: int) -> str:

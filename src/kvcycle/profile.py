@@ -18,6 +18,9 @@ from kvcycle.text import nearest
 
 Platform = Literal["tpu", "cpu"]
 
+#: sglang-jax takes the port at which hosts meet, and the fifth and the sixth after it.
+MAX_PORT = 65_535 - 6
+
 #: More than a run of the suite can mean: a record of more is not read.
 MAX_CYCLES = 1000
 
@@ -50,6 +53,10 @@ class EngineArgs(BaseModel):
     disable_precompile: bool = True
     skip_server_warmup: bool = True
     random_seed: int = 0
+    #: Hosts of the engine, each with as many of the devices; which one this is; and where host 0 is met, as HOST:PORT.
+    nnodes: int = Field(default=1, ge=1)
+    node_rank: int = Field(default=0, ge=0)
+    dist_init_addr: str | None = None
 
 
 class OnCPU(_Table):
@@ -141,6 +148,11 @@ class Profile(_Table):
     def devices_needed(self) -> int:
         """How many devices the engine spans: tp_size (data-parallel ranks share them)."""
         return self.engine.tp_size
+
+    @property
+    def devices_here(self) -> int:
+        """How many of them are this host's."""
+        return self.devices_needed // self.engine.nnodes
 
     def model_folder(self) -> Path | None:
         """The local folder of the model, written first if it is built in; None for a hub id.
@@ -244,6 +256,7 @@ class Profile(_Table):
             raise ProfileError(
                 f"on_cpu.engine.{min(moved)} cannot be set: there are as many virtual devices as engine.tp_size says."
             )
+        self._check_hosts()
         engine = self.engine_args(platform)
         tp, dp, page = engine["tp_size"], engine["dp_size"], engine["page_size"]
         if tp % dp:
@@ -269,4 +282,39 @@ class Profile(_Table):
             raise ProfileError(
                 f"engine.tp_size={tp} does not divide the model's {heads} attention heads"
                 f"{f' (tp_size/dp_size = {tp // dp})' if dp > 1 else ''}; use one of {fitting}."
+            )
+
+    def _check_hosts(self) -> None:
+        engine = self.engine
+        if engine.nnodes == 1:
+            return
+        if self.devices_needed % engine.nnodes:
+            fitting = ", ".join(str(n) for n in range(1, self.devices_needed + 1) if self.devices_needed % n == 0)
+            raise ProfileError(
+                f"The engine's {self.devices_needed} devices (engine.tp_size) cannot be shared out evenly to "
+                f"{engine.nnodes} hosts; use one of {fitting}."
+            )
+        if engine.node_rank >= engine.nnodes:
+            raise ProfileError(
+                f"engine.node_rank={engine.node_rank} is none of {engine.nnodes} hosts, which are 0 to "
+                f"{engine.nnodes - 1}."
+            )
+        place, _, port = (engine.dist_init_addr or "").rpartition(":")
+        if not place or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
+            raise ProfileError(
+                f"engine.dist_init_addr={engine.dist_init_addr!r} is no address at which {engine.nnodes} hosts could "
+                f"meet: give host 0's, with a port of at most {MAX_PORT} (sglang-jax also takes the fifth and sixth "
+                "after it), as 10.0.0.2:10011."
+            )
+
+    def check_one_host(self, what: str) -> None:
+        """Refuse several hosts for what knows only one.
+
+        Raises:
+            ProfileError: the profile's engine is on several.
+        """
+        if self.engine.nnodes > 1:
+            raise ProfileError(
+                f"{what} runs on one host, and engine.nnodes is {self.engine.nnodes}; the suite runs on several "
+                "(pytest -m tpu)."
             )

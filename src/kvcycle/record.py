@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from kvcycle import record_file
+from kvcycle.collecting import no_collections
 from kvcycle.profile import MAX_CYCLES
+from kvcycle.record_index import remembered
 from kvcycle.record_info import Part, PhaseInfo
 from kvcycle.record_limits import (
+    MAX_CANARIES,
     MAX_CYCLES_TIMES_DEVICES,
     MAX_DEVICES,
+    MAX_VERDICTS,
     Bytes,
     Count,
     Finite,
@@ -66,6 +70,10 @@ PHASES: tuple[PhaseName, ...] = get_args(PhaseName)[:8]
 WEIGHTS_PHASES: tuple[PhaseName, ...] = get_args(PhaseName)[8:]
 
 
+#: Cycles x devices of a record that is still written line by line.
+_MOST_INDENTED = 1024
+
+
 class Stack(Part):
     """Versions of what was run; ``libtpu`` is None where it is not installed."""
 
@@ -103,6 +111,29 @@ class Compiles(Part):
         return self.lower + self.backend
 
 
+def sum_of(by_host: Sequence[Compiles]) -> Compiles:
+    """What the compilers of all hosts did together."""
+    return Compiles(**{kind: sum(getattr(host, kind) for host in by_host) for kind in Compiles.model_fields})
+
+
+class Spans(Part):
+    """A part with the compiler's work in it: all hosts' together, and of several hosts each one's, by rank."""
+
+    compiles: Compiles = Compiles()
+    compiles_by_host: tuple[Compiles, ...] = Field(default=(), max_length=MAX_DEVICES)
+
+    @model_validator(mode="after")
+    def _compiles_are_the_sum(self) -> Self:
+        if self.compiles_by_host and sum_of(self.compiles_by_host) != self.compiles:
+            raise ValueError("compiles is not what compiles_by_host adds up to")
+        return self
+
+    @property
+    def each_hosts_compiles(self) -> tuple[Compiles, ...]:
+        """By rank; on one host the one there is."""
+        return self.compiles_by_host or (self.compiles,)
+
+
 class DeviceUse(Part):
     """Bytes in use on one device at one moment, by every witness that speaks for a device.
 
@@ -116,20 +147,25 @@ class DeviceUse(Part):
     by_owner: dict[Owner, Bytes] = Field(default_factory=dict)
 
 
-Devices = Annotated[tuple[Device, ...], Field(max_length=MAX_DEVICES), AfterValidator(each_once)]
-Uses = Annotated[tuple[DeviceUse, ...], Field(max_length=MAX_DEVICES), AfterValidator(each_once)]
+# The first wrong one of many is named, and the others are not gone through: a file could hold millions of them.
+Devices = Annotated[tuple[Device, ...], Field(max_length=MAX_DEVICES), FailFast(), AfterValidator(each_once)]
+Uses = Annotated[tuple[DeviceUse, ...], Field(max_length=MAX_DEVICES), FailFast(), AfterValidator(each_once)]
 
 
-class Phase(Part):
-    """One phase of the cycle: when it ended, how long it took, and what was in use then."""
+class Phase(Spans):
+    """One phase of the cycle: when it ended, how long it took, and what was in use then.
+
+    Of several hosts ``rss_bytes_by_host`` has each process's resident bytes by rank, None for one that was not sampled;
+    ``rss_bytes`` is their sum, and the seconds are the slowest host's.
+    """
 
     name: PhaseName
     t_s: Seconds
     seconds: Seconds
     rss_bytes: Bytes | None = None
+    rss_bytes_by_host: tuple[Bytes | None, ...] = Field(default=(), max_length=MAX_DEVICES)
     devices: Uses
     ledger_bytes_sum: Bytes
-    compiles: Compiles = Compiles()
     info: PhaseInfo | None = None
 
     @model_validator(mode="after")
@@ -137,11 +173,31 @@ class Phase(Part):
         total = sum(device.ledger_bytes for device in self.devices)
         if total != self.ledger_bytes_sum:
             raise ValueError(f"ledger_bytes_sum is {self.ledger_bytes_sum} but the devices add up to {total}")
+        if self.rss_bytes_by_host:
+            known = [size for size in self.rss_bytes_by_host if size is not None]
+            expected = sum(known) if len(known) == len(self.rss_bytes_by_host) else None
+            if self.rss_bytes != expected:
+                raise ValueError(f"rss_bytes is {self.rss_bytes} but the hosts add up to {expected}")
         return self
+
+    @property
+    def by_id(self) -> dict[int, DeviceUse]:
+        """The uses by their device's id; who asks for many devices asks once for this."""
+        return remembered(self, "by_id", self.devices, _by_id)
+
+    def rss_bytes_of(self, host: int | None) -> int | None:
+        """The resident bytes of one host's process, None where it was not sampled; of the only host for ``None``."""
+        if host is None:
+            return self.rss_bytes
+        return self.rss_bytes_by_host[host] if host < len(self.rss_bytes_by_host) else None
 
     def device(self, device_id: int) -> DeviceUse | None:
         """The use of one device, None if this phase has no sample of it."""
-        return next((use for use in self.devices if use.id == device_id), None)
+        return self.by_id.get(device_id)
+
+
+def _by_id(uses: Uses) -> dict[int, DeviceUse]:
+    return {use.id: use for use in uses}
 
 
 class SwapInfo(Part):
@@ -161,12 +217,12 @@ class SwapInfo(Part):
 class Cycle(Part):
     """One pass through the phases, in their order; a cycle that ended early, or left one out, lacks some."""
 
-    phases: tuple[Phase, ...] = Field(max_length=len(PHASES + WEIGHTS_PHASES))
+    phases: Annotated[tuple[Phase, ...], FailFast()] = Field(max_length=len(PHASES + WEIGHTS_PHASES))
     swap: SwapInfo | None = None
     #: Bytes of owner "other" by device at the idle points before the drop, and at those after the rebuild: what the
     #: engine keeps of its last batch differs by an array of a few bytes from one generation to the next.
-    residue_before: tuple[dict[int, Bytes], ...] = Field(default=(), max_length=1000)
-    residue_after: tuple[dict[int, Bytes], ...] = Field(default=(), max_length=1000)
+    residue_before: Annotated[tuple[dict[int, Bytes], ...], FailFast()] = Field(default=(), max_length=1000)
+    residue_after: Annotated[tuple[dict[int, Bytes], ...], FailFast()] = Field(default=(), max_length=1000)
 
     @model_validator(mode="after")
     def _phases_are_in_order(self) -> Cycle:
@@ -180,16 +236,15 @@ class Cycle(Part):
         return next((phase for phase in self.phases if phase.name == name), None)
 
 
-class Generate(Part):
+class Generate(Spans):
     """One greedy generation: its tokens, what the prefix cache supplied, and what the compiler did meanwhile."""
 
     when: When
     cycle: Count
     seconds: Seconds
-    token_ids: tuple[Integer, ...]
-    logprobs: tuple[LogProb, ...] = ()
+    token_ids: Annotated[tuple[Integer, ...], FailFast()]
+    logprobs: Annotated[tuple[LogProb, ...], FailFast()] = ()
     cached_tokens: Count = 0
-    compiles: Compiles = Compiles()
 
 
 #: All of them are judged after each: more would make the judging slower than the cycles.
@@ -227,8 +282,8 @@ class Soak(Part):
 
     cycles: Count
     new_tokens: Count
-    before: tuple[SoakPoint, ...] = Field(default=(), max_length=1000)
-    points: tuple[SoakPoint, ...] = Field(default=(), max_length=MAX_SOAK_CYCLES)
+    before: Annotated[tuple[SoakPoint, ...], FailFast()] = Field(default=(), max_length=1000)
+    points: Annotated[tuple[SoakPoint, ...], FailFast()] = Field(default=(), max_length=MAX_SOAK_CYCLES)
 
 
 class Pool(Part):
@@ -250,7 +305,7 @@ class KV(Part):
     predicted_by: str | None = None
     predicted_how: str | None = None
     claimed_bytes: Bytes | None = None
-    pools: tuple[Pool, ...] = ()
+    pools: Annotated[tuple[Pool, ...], FailFast()] = ()
 
 
 class Params(Part):
@@ -261,33 +316,38 @@ class Params(Part):
     bytes_by_device: dict[int, Bytes] = Field(default_factory=dict)
 
 
-class Boot(Part):
+class Boot(Spans):
     """What the boot cost and what each witness saw of it; absent when the user booted the engine."""
 
     seconds: Seconds
     before: Uses
     after: Uses
-    compiles: Compiles = Compiles()
 
 
 class Canary(Part):
     """A known allocation, made and freed: what each witness saw of it (the control of every memory check).
 
-    ``rise_bytes`` and ``fall_bytes`` are None where the witness does not speak; ``device`` is None for the process.
+    ``rise_bytes`` and ``fall_bytes`` are None where the witness does not speak; ``device`` is None for the process,
+    which is that of ``host``.
     """
 
     witness: Witness
     device: Count | None
+    host: Count = 0
     allocated_bytes: Bytes
     rise_bytes: Integer
     fall_bytes: Integer
 
 
 class Verdict(Part):
-    """One check's word on one scope: what was expected, what was measured, by which witness, and what it means."""
+    """One check's word on one scope: what was expected, what was measured, by which witness, and what it means.
+
+    ``host`` is that of the scope's device; None where it names no device, or where the record has one host.
+    """
 
     id: str
     scope: str
+    host: Count | None = None
     witness: Witness | None = None
     verdict: Outcome
     expected: int | Finite | str | None = None
@@ -300,6 +360,11 @@ class Verdict(Part):
     def name(self) -> str:
         """``cycle0-device2-ledger``: the scope and the witness, as test ids write it."""
         return f"{self.scope}-{self.witness}" if self.witness else self.scope
+
+    @property
+    def place(self) -> str:
+        """``cycle0-device2-ledger (host 1)``: the name as people read it."""
+        return self.name if self.host is None else f"{self.name} (host {self.host})"
 
 
 class Record(Part):
@@ -315,10 +380,10 @@ class Record(Part):
     kv: KV
     params: Params
     boot: Boot | None = None
-    canaries: tuple[Canary, ...] = Field(default=(), max_length=1000)
-    cycles: tuple[Cycle, ...] = Field(default=(), max_length=MAX_CYCLES)
-    generates: tuple[Generate, ...] = Field(default=(), max_length=10_000)
-    checks: tuple[Verdict, ...] = ()
+    canaries: Annotated[tuple[Canary, ...], FailFast()] = Field(default=(), max_length=MAX_CANARIES)
+    cycles: Annotated[tuple[Cycle, ...], FailFast()] = Field(default=(), max_length=MAX_CYCLES)
+    generates: Annotated[tuple[Generate, ...], FailFast()] = Field(default=(), max_length=10_000)
+    checks: Annotated[tuple[Verdict, ...], FailFast()] = ()
     soak: Soak | None = None
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -332,6 +397,24 @@ class Record(Part):
             )
         return self
 
+    @property
+    def host_of(self) -> dict[int, int]:
+        """Each device's host, by the device's id, where there is more than one host; {} where all are on one."""
+        return remembered(self, "host_of", self.devices, _host_of)
+
+    def canaries_of(self, witness: Witness, device_id: int | None) -> list[Canary]:
+        """The canaries that one witness was shown on a device or (None) in the process."""
+        return remembered(self, "canaries_of", self.canaries, _by_witness).get((witness, device_id), [])
+
+    @property
+    def hosts(self) -> tuple[int | None, ...]:
+        """The ranks of its hosts; ``(None,)`` where there is one, so that nothing needs to say which."""
+        return remembered(self, "hosts", self.devices, _ranks)
+
+    def devices_of(self, host: int | None) -> Sequence[Device]:
+        """The devices of one host, or all for ``None``."""
+        return self.devices if host is None else remembered(self, "by_host", self.devices, _by_host).get(host, [])
+
     def generates_when(self, when: When, cycle: int | None = None) -> list[Generate]:
         """The generations of one kind, of one cycle or of all, in order."""
         return [g for g in self.generates if g.when == when and (cycle is None or g.cycle == cycle)]
@@ -343,8 +426,20 @@ class Record(Part):
                 yield index, phase
 
     def to_json(self) -> str:
-        """The record as indented JSON."""
-        return self.model_dump_json(by_alias=True, indent=1)
+        """The record as JSON: indented for people, but of so many devices in so many cycles that nobody reads it.
+
+        Of more than :data:`~kvcycle.record_limits.MAX_VERDICTS` verdicts only so many are in it, those that did not
+        pass first: judging the record again gives them all.
+        """
+        cells = len(self.cycles) * len(self.devices)
+        return self._as_kept().model_dump_json(by_alias=True, indent=1 if cells <= _MOST_INDENTED else None)
+
+    def _as_kept(self) -> Record:
+        if len(self.checks) <= MAX_VERDICTS:
+            return self
+        # Sorting keeps the order of those that are equal.
+        first = sorted(self.checks, key=lambda verdict: verdict.verdict in ("pass", "not-run"))[:MAX_VERDICTS]
+        return self.model_copy(update={"checks": tuple(first)})
 
     def save(self, path: Path) -> None:
         """Write the record to ``path`` atomically: a reader, or a crash, never meets half a file."""
@@ -368,9 +463,35 @@ class Record(Part):
                 validate; the sentence names the file and the first place that is wrong, and is safe to print.
         """
         try:
-            return cls.model_validate_json(record_file.read(path), strict=True)
+            with no_collections():
+                required = (name for name, field in cls.model_fields.items() if field.is_required())
+                return cls.model_validate_json(record_file.read(path, required), strict=True)
         except ValidationError as error:
             raise record_file.invalid(path, error) from error
+
+
+def _host_of(devices: Devices) -> dict[int, int]:
+    found = {device.id: device.host for device in devices}
+    return found if len(set(found.values())) > 1 else {}
+
+
+def _ranks(devices: Devices) -> tuple[int | None, ...]:
+    ranks = sorted({device.host for device in devices})
+    return tuple(ranks) if len(ranks) > 1 else (None,)
+
+
+def _by_host(devices: Devices) -> dict[int, list[Device]]:
+    found: dict[int, list[Device]] = {}
+    for device in devices:
+        found.setdefault(device.host, []).append(device)
+    return found
+
+
+def _by_witness(canaries: tuple[Canary, ...]) -> dict[tuple[Witness, int | None], list[Canary]]:
+    found: dict[tuple[Witness, int | None], list[Canary]] = {}
+    for canary in canaries:
+        found.setdefault((canary.witness, canary.device), []).append(canary)
+    return found
 
 
 def now() -> str:

@@ -14,10 +14,14 @@ from pydantic import BaseModel, Field, ValidationError
 
 from kvcycle.profile import CycleSpec, EngineArgs, Thresholds, Tolerances
 
-#: No engine of one host has as many.
-MAX_DEVICES = 256
-#: Judging takes seconds up to here.
-MAX_CYCLES_TIMES_DEVICES = 16_384
+#: More than any slice of TPUs has.
+MAX_DEVICES = 16_384
+#: Ten cycles of as many devices: judging and drawing take less than a minute up to here (docs/scale.md).
+MAX_CYCLES_TIMES_DEVICES = 10 * MAX_DEVICES
+#: A record's file keeps so many: they follow from what was measured, and would be most of it.
+MAX_VERDICTS = 20_000
+#: Two witnesses on every device, and one of the process on every host at most.
+MAX_CANARIES = 3 * MAX_DEVICES
 
 _INT64 = 2**63 - 1
 _FLOAT32 = 3.4028235e38

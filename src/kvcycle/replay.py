@@ -26,6 +26,7 @@ def replay(profile: Profile, save_to: Path, say: Callable[[str], None]) -> Recor
     resolved = profile.on("cpu")
     resolved = resolved.model_copy(update={"cycle": resolved.cycle.model_copy(update={"cycles": 1})})
     resolved.check_geometry("cpu")
+    resolved.check_one_host("A replay")
     if host_memory.needed_bytes(resolved) is None:
         raise ProfileError(
             f"The profile {profile.name!r} cannot be replayed: its size cannot be computed. It needs model.config and "

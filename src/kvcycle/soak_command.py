@@ -65,6 +65,7 @@ def _boot_and_soak(profile: Profile, platform: Platform, cycles: int, save_to: P
 
     resolved = profile.on(platform)
     resolved.check_geometry(platform)
+    resolved.check_one_host("A soak")
     with SoakProgress(console, cycles) as progress:
         progress.say("predicting the KV cache's size")
         predicted = predict(resolved, platform)

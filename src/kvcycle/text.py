@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import lru_cache
 
 import humanize
 
 
+@lru_cache(maxsize=4096)  # of ten thousand devices most have the same few sizes
 def exact_bytes(size: int) -> str:
     """``2.25 GiB (2,415,992,832 B)``; below one KiB just ``512 B``."""
     if abs(size) < 1024:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from kvcycle import capacity, host_memory, inband, internals
-from kvcycle.buffers import BufferSpec, bytes_by_device
+from kvcycle.buffers import BufferSpec, bytes_by_device, delete
 from kvcycle.calls import DRAIN_S, NOW, Way, When
 from kvcycle.errors import (
     HostMemoryError,
@@ -132,19 +132,20 @@ class Holder:
         """Delete the weights; when idle."""
         if self._released:
             raise WeightsStateError("The weights are released already; resume them first, one resume serves all.")
-        arrays = self._arrays()
-        gone = [number for number, array in enumerate(arrays) if array.is_deleted()]
-        if gone:
-            raise WeightsStateError(
-                f"The weights cannot be released: {len(gone)} of their {len(arrays)} arrays are deleted already. "
-                "Something else than their release deleted them; boot the engine anew."
-            )
-        jax.block_until_ready(arrays)
-        freed_by_device = bytes_by_device(arrays)
         leaves = {id(leaf) for leaf in internals.weight_leaves(self.channel.engine)}
-        # What only the model holds is in no new set, so it is kept in any case.
-        self._kept = _copied_to_host([array for array in arrays if keep or id(array) not in leaves])
-        self._of_leaves = leaves
+        with self.channel.hosts.all_or_none("release the weights"):
+            arrays = self._arrays()
+            gone = [number for number, array in enumerate(arrays) if array.is_deleted()]
+            if gone:
+                raise WeightsStateError(
+                    f"The weights cannot be released: {len(gone)} of their {len(arrays)} arrays are deleted already. "
+                    "Something else than their release deleted them; boot the engine anew."
+                )
+            jax.block_until_ready(arrays)
+            freed_by_device = bytes_by_device(arrays)
+            # What only the model holds is in no new set, so it is kept in any case.
+            kept = _copied_to_host([array for array in arrays if keep or id(array) not in leaves])
+        self._kept, self._of_leaves = kept, leaves
         self._keeps_all, self._released = keep, True
         self.channel.lacking.add(_WEIGHTS)
         for array in arrays:
@@ -164,16 +165,20 @@ class Holder:
         engine = self.channel.engine
         before = internals.weight_leaves(engine)
         swapped_in = not any(leaf.is_deleted() for leaf in before)
-        if update is not None:
-            check_same_layout(ParamSet(tuple(before)), update)
-        elif not swapped_in and not self._keeps_all:
-            raise WeightsStateError(
-                "The weights were discarded when they were released, so there is nothing to resume them from; give a "
-                "new set (update=…), or swap one in with kvcycle.swap() first."
-            )
+        with self.channel.hosts.all_or_none("resume the weights: see that there is what to resume from"):
+            if update is not None:
+                check_same_layout(ParamSet(tuple(before)), update)
+            elif not swapped_in and not self._keeps_all:
+                raise WeightsStateError(
+                    "The weights were discarded when they were released, so there is nothing to resume them from; give "
+                    "a new set (update=…), or swap one in with kvcycle.swap() first."
+                )
         own = update is None and not swapped_in
         wanted = [copy for copy in self._kept if own or id(copy.of) not in self._of_leaves]
-        successor = {id(copy.of): new for copy, new in zip(wanted, self._allocate(wanted), strict=True)}
+        restored: list[jax.Array] = []
+        with self.channel.hosts.all_or_none("resume the weights", undo=lambda: delete(restored)):
+            restored += self._allocate(wanted)
+        successor = {id(copy.of): new for copy, new in zip(wanted, restored, strict=True)}
         if update is not None and "kv_cache" not in self.channel.lacking:
             # Keys and values computed with other weights would be stale. Those of a dropped cache are gone already.
             internals.flush(self.channel.scheduler, keep_waiting=True)
@@ -196,8 +201,7 @@ class Holder:
             restored.extend(copy.restore() for copy in kept)
             jax.block_until_ready(restored)
         except jax.errors.JaxRuntimeError as error:
-            for array in restored:
-                array.delete()
+            delete(restored)
             raise self._no_room(error, needed) from error
         return restored
 

@@ -65,6 +65,28 @@ def test_the_verdict_is_what_one_sees_first(browser: Chrome, open_record: OpenRe
     assert "drop.frees_kv fail" in find(browser, ".misses").text
 
 
+def test_of_a_thousand_devices_the_odd_one_is_seen_with_its_host(browser: Chrome, open_record: OpenRecord) -> None:
+    def elements() -> int:
+        return int(browser.execute_script("return document.querySelectorAll('*').length"))
+
+    open_record(FAILED)
+    few = elements()
+    open_record(shift(good_record(allocator=True, cycles=1, devices=1000, hosts=250), BORROWED, 512, device=617))
+    assert elements() < 1.2 * few
+    assert find(browser, "h1").text == "FAILED tiny on 1,000 TPU v4 devices of 250 hosts"
+    assert "device617 (host 154)" in find(browser, ".misses").text
+    said = find(browser, "#hosts").text
+    assert (
+        "1,000 devices on 250 hosts, 4 on each. What did not pass is on 1 of 250 hosts: device 617 (host 154)." in said
+    )
+    assert "hosts 0–153, 155–249 249 alike" in said
+    find(browser, "#find").send_keys("device 617 (host 154)")
+    assert find(browser, "#found").text.startswith("2 of ")
+    for pixels in (360, 1280):
+        resize(browser, pixels, 800)
+        assert width(browser) == pixels
+
+
 def test_a_bar_that_is_pointed_at_says_its_bytes_exactly(browser: Chrome, open_record: OpenRecord) -> None:
     open_record(GOOD)
     dropped = bar(browser, "kv_cache_dropped")

@@ -18,7 +18,7 @@ from kvcycle.report.faults import show_matrix, summary, why_not
 
 
 @pytest.fixture(scope="module")
-def campaign(live_engine: Any, tiny: kvcycle.Profile, cold: Generate) -> Campaign:
+def campaign(live_engine: Any, tiny: kvcycle.Profile, cold: Generate, compiling_anew: None) -> Campaign:
     """Asks for the first generation although it makes its own: other tests count on that it came first."""
     return Campaign(live_engine, tiny)
 

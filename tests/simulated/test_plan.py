@@ -251,6 +251,23 @@ def test_other_models_need_their_config_alone(
     assert found.record.kv.bytes == found.record.kv.predicted_bytes == 134_225_920
 
 
+@needs_libtpu
+def test_a_slice_of_several_hosts_has_its_devices_by_host_and_kv_heads_on_each(write_config: ConfigWriter) -> None:
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128, "attention_bias": False}
+    config = heads | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    profile = load_profile("tiny", SMALL | {"model.path": str(write_config(**config)), "engine.tp_size": 16})
+    found = plan(profile, "v5litepod-16")
+    record = found.record
+    assert found.fits
+    # A host is 2x2 chips of 4x4, and the devices are numbered row by row.
+    assert [device.host for device in record.devices] == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    # Two KV heads on sixteen devices: each device has a copy of one, so the cache is eight times as large.
+    kv = 4 * (16384 + 1) * 16 * 2 * 128 * 2
+    assert record.kv.bytes == record.kv.predicted_bytes == record.kv.claimed_bytes == kv
+    assert set(record.kv.bytes_by_device.values()) == {kv // 16}
+    assert record.params.bytes_on_devices == loaded_params_bytes(TINY_QWEN2 | config, 16)
+
+
 def test_without_libtpu_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The planning process then finds no libtpu, whether it is installed here or not.
     (tmp_path / "sitecustomize.py").write_text(

@@ -114,6 +114,14 @@ def test_bytes_of_one_owner_on_one_device_are_one(by: int) -> None:
     assert {regression.kind for regression in rest} <= {"check"}
 
 
+def test_the_host_of_a_device_is_named_where_there_are_several() -> None:
+    one = good_record(hosts=2)
+    use = one.cycles[0].phases[0].devices[3]
+    other = edit_use(one, "engine_ready", device=3, by_owner=dict(use.by_owner) | {"kv": 0})
+    (regression,) = (regression for regression in found(one, other) if regression.kind == "bytes")
+    assert regression.text.startswith("engine_ready, device 3 (host 1), kv: 33,556,480 and 0 B")
+
+
 def test_the_allocators_tolerance_is_the_second_profiles() -> None:
     first = good_record(allocator=True)
     second = allocator_of(first, 512)

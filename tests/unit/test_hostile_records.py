@@ -22,7 +22,7 @@ from kvcycle.cli import app
 from kvcycle.errors import RecordError
 from kvcycle.profile import MAX_CYCLES
 from kvcycle.record import Record
-from kvcycle.record_limits import MAX_DEVICES
+from kvcycle.record_limits import MAX_CANARIES, MAX_DEVICES
 from kvcycle.report import page, terminal
 from kvcycle.text import printable
 from tests.unit.records import good_record
@@ -237,11 +237,12 @@ def test_no_more_is_read_than_a_record_may_have(path: Path, monkeypatch: pytest.
     assert asked == [1001]
 
 
-def test_a_million_phases(raw: dict[str, Any], path: Path) -> None:
+def test_a_million_phases(raw: dict[str, Any], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     phase = {"name": "engine_ready", "t_s": 0, "seconds": 0, "devices": [], "ledger_bytes_sum": 0}
     text = json.dumps(raw | {"cycles": [{"phases": ["PHASES"]}]}, separators=(",", ":"))
-    path.write_text(text.replace('"PHASES"', ",".join([json.dumps(phase)] * 10**6)))
-    assert refused_by_load(path) == f"{path} is larger than 64.00 MiB (67,108,864 B), the most that a record may have."
+    monkeypatch.setattr(record_file, "MAX_MARKS", 10**6)
+    path.write_text(text.replace('"PHASES"', ",".join([json.dumps(phase)] * 2 * 10**5)))
+    assert refused_by_load(path) == f"{path} holds more than 1,000,000 values, the most that a record may have."
     path.write_text(text.replace('"PHASES"', ",".join([json.dumps(phase)] * 10**4)))
     assert refused(path).startswith(
         f"{path} is not a valid record: cycles.0.phases: Tuple should have at most 10 items after validation, not "
@@ -262,24 +263,51 @@ def test_more_than_is_judged_in_seconds(raw: dict[str, Any], path: Path) -> None
     empty: dict[str, Any] = {"phases": []}
     devices = [{"id": index, "kind": "cpu"} for index in range(MAX_DEVICES + 1)]
     assert sentence(cycles=[empty] * (MAX_CYCLES + 1)).startswith("cycles: Tuple should have at most 1000 items after")
-    assert sentence(devices=devices).startswith("devices: Tuple should have at most 256 items after validation, not ")
-    assert sentence(cycles=[empty] * 65, devices=devices[:-1]) == (
-        "the whole: Value error, 65 cycles of 256 devices are more than a record may hold (cycles x devices at most "
-        "16,384) (1 in all)."
+    assert sentence(devices=devices).startswith("devices: Tuple should have at most 16384 items after validation")
+    assert sentence(cycles=[empty] * 11, devices=devices[:-1]) == (
+        "the whole: Value error, 11 cycles of 16384 devices are more than a record may hold (cycles x devices at most "
+        "163,840) (1 in all)."
     )
     assert sentence(generates=[raw["generates"][0]] * 10_001).startswith("generates: Tuple should have at most 10000")
-    assert sentence(canaries=[raw["canaries"][0]] * 1001).startswith("canaries: Tuple should have at most 1000 items")
+    canaries = [raw["canaries"][0]] * (MAX_CANARIES + 1)
+    assert sentence(canaries=canaries).startswith("canaries: Tuple should have at most 49152 items")
     for key in ("residue_before", "residue_after"):
         cycle = raw["cycles"][0] | {key: [{}] * 1001}
         assert sentence(cycles=[cycle]).startswith(f"cycles.0.{key}: Tuple should have at most 1000 items after")
 
 
-def test_the_most_that_a_record_may_hold_is_judged(raw: dict[str, Any], path: Path) -> None:
-    devices = [{"id": index, "kind": "cpu"} for index in range(MAX_DEVICES)]
-    path.write_text(json.dumps(raw | {"cycles": [{"phases": []}] * 64, "devices": devices}))
+def test_as_many_devices_as_a_record_may_hold_are_judged(raw: dict[str, Any], path: Path) -> None:
+    devices = [{"id": index, "kind": "cpu", "host": index // 8} for index in range(MAX_DEVICES)]
+    path.write_text(json.dumps(raw | {"cycles": [{"phases": []}], "devices": devices}))
     verdicts = judge(Record.load(path))
-    assert len(verdicts) < 10**5
+    assert len(verdicts) > 4 * MAX_DEVICES
     assert not passed(verdicts)
+
+
+def test_more_values_than_fit_into_memory(raw: dict[str, Any], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = json.dumps(raw)
+    marks = sum(map(text.count, ",[{"))
+    path.write_text(text)
+    monkeypatch.setattr(record_file, "MAX_MARKS", marks)
+    assert Record.load(path) == GOOD
+    monkeypatch.setattr(record_file, "MAX_MARKS", marks - 1)
+    assert refused_by_load(path) == f"{path} holds more than {marks - 1:,} values, the most that a record may have."
+
+
+@pytest.mark.parametrize(
+    "many", [{str(number): 0 for number in range(70_000)}, {"devices": [0] * 70_000}, {"x": [[], [[0] * 70_000]]}],
+    ids=["keys", "a list", "a list in a list"],
+)  # fmt: skip
+def test_more_entries_than_anything_in_a_record_has(many: dict[str, Any], raw: dict[str, Any], path: Path) -> None:
+    # Each would be an error of its own, or a copy in one.
+    path.write_text(json.dumps(raw | many))
+    assert refused_by_load(path) == f"{path} holds an object or a list of more than 65,536 entries: it is not a record."
+
+
+def test_of_a_thousand_wrong_entries_the_first_is_named(raw: dict[str, Any], path: Path) -> None:
+    wrong = [{"id": number, "kind": 0} for number in range(1000)]
+    path.write_text(json.dumps(raw | {"devices": wrong}))
+    assert refused(path) == f"{path} is not a valid record: devices.0.kind: Input should be a valid string (1 in all)."
 
 
 # Values that are none ------------------------------------------------------------------------------------------------
@@ -397,7 +425,8 @@ def test_a_profile_asks_for_cycles_that_are_not_there(raw: dict[str, Any], path:
     set_at(raw, "profile.cycle.cycles", 1000)
     path.write_text(json.dumps(raw))
     text = not_passed(path)
-    assert "inconclusive cycles.no_growth: cycle999: the run ended before this cycle." in text
+    assert "inconclusive cycles.no_growth: cycle1: the run ended before this cycle." in text
+    assert "    and 998 alike: cycles 2–999\n" in text
     assert "999 inconclusive" in text
 
 

@@ -388,3 +388,30 @@ def test_alike_arrays_are_named_together() -> None:
     held = [jnp.zeros((7, 11, 13)) for _ in range(2)]
     named = dict(snapshot(largest=10**6).largest_other)
     assert named["2 x float32[7, 11, 13]"] == sum(array.nbytes for array in held)
+
+
+def test_of_an_array_over_several_hosts_this_hosts_only_shard_counts() -> None:
+    class ShardsFail:
+        """One of four hosts' arrays, with a device on each: jax 0.10.2 counts all, and fails to make the shard."""
+
+        sharding = SimpleNamespace(
+            memory_kind=None, device_set={0, 1, 2, 3}, addressable_devices=[SimpleNamespace(id=2048)]
+        )
+
+        def is_deleted(self) -> bool:
+            return False
+
+        def block_until_ready(self) -> None:
+            pass
+
+        def unsafe_buffer_pointer(self) -> int:
+            return 4096
+
+        def on_device_size_in_bytes(self) -> int:
+            return 4 * 72
+
+        @property
+        def addressable_shards(self) -> object:
+            raise ValueError("the input arrays must have one shard each")
+
+    assert shards_of(cast(jax.Array, ShardsFail())) == (((2048, 4096), 72),)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fixtures.options import PROFILE, SETTINGS, Settings, selects_suite
+from fixtures.options import PROFILE, SETTINGS, Settings, pytest_report_header, selects_suite
 from kvcycle.errors import ProfileError
 from kvcycle.profile import Profile
 from kvcycle.profile_file import profile_folders, profile_names
@@ -207,6 +208,90 @@ def test_an_option_that_will_not_do_is_one_sentence(
     with pytest.raises(pytest.UsageError) as caught:
         configured(pytester, *NOT_TPU, *arguments, ini=ini)
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "sentence"),
+    [
+        (["--kv-hosts=0"], {}, "kv_hosts='0' is no number of hosts: give 1 or more."),
+        ([], {"KVCYCLE_HOSTS": "two"}, "kv_hosts='two' is no number of hosts: give 1 or more."),
+        (
+            ["--kv-hosts=3"],
+            {},
+            "The engine's 4 devices (engine.tp_size) cannot be shared out evenly to 3 hosts; use one of 1, 2, 4.",
+        ),
+        (
+            ["--kv-hosts=2", "--kv-platform=tpu"],
+            {},
+            (
+                "kv_hosts=2 with kv_platform=tpu: a TPU slice has the hosts that it has. Start the suite on each of "
+                "them, with KVCYCLE_RANK and KVCYCLE_COORDINATOR set, as 'kvcycle vm run --worker all' does; or share "
+                "virtual devices of this machine: --kv-platform cpu."
+            ),
+        ),
+        (
+            ["--kv-hosts=2"],
+            {"KVCYCLE_RANK": "1"},
+            (
+                "KVCYCLE_RANK='1' and KVCYCLE_COORDINATOR='' do not say which of 2 hosts this is: set both on every "
+                "host, as 0, 1, ... and the address of host 0 with a free port."
+            ),
+        ),
+        ([], {"KVCYCLE_RANK": "1"}, "kv_hosts='' is no number of hosts: give 1 or more."),
+        (
+            ["--kv-hosts=2"],
+            {"KVCYCLE_RANK": "2", "KVCYCLE_COORDINATOR": "10.0.0.2:10011"},
+            "engine.node_rank=2 is none of 2 hosts, which are 0 to 1.",
+        ),
+        (
+            ["--kv-hosts=2"],
+            {"KVCYCLE_RANK": "1", "KVCYCLE_COORDINATOR": "10.0.0.2:65530"},
+            (
+                "engine.dist_init_addr='10.0.0.2:65530' is no address at which 2 hosts could meet: give host 0's, with "
+                "a port of at most 65529 (sglang-jax also takes the fifth and sixth after it), as 10.0.0.2:10011."
+            ),
+        ),
+    ],
+)
+def test_hosts_that_cannot_be_are_one_sentence_and_leave_nothing(
+    arguments: Sequence[str],
+    variables: Mapping[str, str],
+    sentence: str,
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(pytest.UsageError) as caught:
+        configured(pytester, *SUITE, *arguments)
+    assert str(caught.value) == sentence
+    assert not (pytester.path / "reports").exists()
+
+
+def test_the_first_host_starts_the_others_and_writes_the_report(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(pytester, *REPORTERS, *SUITE, "--kv-hosts=2")
+    settings, engine = config.stash[SETTINGS], config.stash[PROFILE].engine
+    assert (settings.hosts, settings.rank, settings.starts_the_hosts) == (2, 0, True)
+    assert settings.run_dir is not None
+    assert (engine.nnodes, engine.node_rank) == (2, 0)
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", engine.dist_init_addr or "")
+    assert os.environ["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=2")
+    assert settings.overrides == {}  # what a person has set, and nothing else
+    assert pytest_report_header(config)[0].startswith("kvcycle: profile tiny, platform cpu, 2 hosts, report ")
+
+
+def test_a_later_host_starts_and_writes_nothing(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HOSTS": "2", "RANK": "1", "COORDINATOR": "10.0.0.2:10011"}.items():
+        monkeypatch.setenv(f"KVCYCLE_{name}", value)
+    config = configured(pytester, *REPORTERS, *SUITE, "--junitxml=mine.xml")
+    settings = config.stash[SETTINGS]
+    assert (settings.hosts, settings.rank, settings.starts_the_hosts, settings.selected) == (2, 1, False, True)
+    assert settings.run_dir is None
+    assert config.option.xmlpath is None
+    assert config.stash[PROFILE].engine.dist_init_addr == "10.0.0.2:10011"
+    assert not (pytester.path / "reports").exists()
 
 
 def test_a_platform_that_is_none_is_refused_by_name(pytester: pytest.Pytester) -> None:

@@ -443,3 +443,23 @@ def test_the_virtual_devices_follow_the_engine() -> None:
         ProfileError, match=r"^on_cpu\.engine\.tp_size cannot be set: there are as many virtual devices"
     ):
         profile.check_geometry("cpu")
+
+
+def test_several_hosts_share_the_devices_and_some_commands_know_only_one() -> None:
+    two = load_profile("tiny", {"engine.nnodes": 2, "engine.dist_init_addr": "10.0.0.2:10011"})
+    two.check_geometry("cpu")
+    assert (two.devices_needed, two.devices_here) == (4, 2)
+    with pytest.raises(ProfileError) as refused:
+        two.check_one_host("A soak")
+    assert str(refused.value) == (
+        "A soak runs on one host, and engine.nnodes is 2; the suite runs on several (pytest -m tpu)."
+    )
+    load_profile("tiny").check_one_host("A soak")
+
+
+@pytest.mark.parametrize("address", [None, "", "10.0.0.2", ":10011", "10.0.0.2:port", "10.0.0.2:0", "10.0.0.2:65530"])
+def test_hosts_need_a_place_to_meet(address: str | None) -> None:
+    profile = load_profile("tiny")
+    engine = profile.engine.model_copy(update={"nnodes": 2, "dist_init_addr": address})
+    with pytest.raises(ProfileError, match=r"is no address at which 2 hosts could meet: give host 0's"):
+        profile.model_copy(update={"engine": engine}).check_geometry("cpu")

@@ -232,7 +232,10 @@ def test_a_wrong_value_is_named_with_its_place(
 
 def test_a_missing_key_is_named(raw: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    del raw["stack"], raw["kv"]["buffers"]
+    del raw["kv"]["buffers"], raw["kv"]["bytes"]
+    path.write_text(json.dumps(raw))
+    assert refused(path) == f"{path} is not a valid record: kv.buffers: Field required (2 in all)."
+    del raw["stack"], raw["kv"]
     path.write_text(json.dumps(raw))
     assert refused(path) == f"{path} is not a valid record: stack: Field required (2 in all)."
 

@@ -87,13 +87,21 @@ def test_another_witness_that_disagrees_is_named() -> None:
 
 
 def test_many_failures_are_folded_and_the_rest_counted() -> None:
-    blind = edit_canary(good_record(cycles=40, devices=2), "ledger", 1, rise_bytes=0)
-    text = of(blind)
+    blind = edit_canary(good_record(cycles=8, devices=2), "ledger", 1, rise_bytes=0)
+    verdicts = judge(blind)
+    text = summary(blind, verdicts, [(f"test {number}", "why") for number in range(100)])
     shown, folded = text.split("<details>", 1)
     assert shown.count("\n- **") == 10
-    bad = sum(verdict.verdict == "inconclusive" for verdict in judge(blind))
+    bad = 100 + sum(verdict.verdict == "inconclusive" for verdict in verdicts)
     assert f"<summary>{bad - 10} more that did not pass</summary>" in folded
     assert f"And {bad - 110} more: see record.json." in folded
+
+
+def test_failures_that_say_the_same_are_one() -> None:
+    blind = edit_canary(good_record(cycles=40, devices=2), "ledger", 1, rise_bytes=0)
+    text = of(blind)
+    assert text.count("\n- **inconclusive** ") == 5  # of 161 verdicts
+    assert text.count("\n  - and 39 alike: cycles 1–39, device 1\n") == 4
 
 
 def test_everything_that_is_folded_is_whole_markdown() -> None:

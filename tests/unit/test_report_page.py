@@ -12,8 +12,8 @@ import pytest
 
 from kvcycle.checks import judge
 from kvcycle.record import PHASES, Device, Record, Verdict
-from kvcycle.report import page
-from kvcycle.report.page import curves, memory, scopes, tables, verdicts
+from kvcycle.report import page, scopes
+from kvcycle.report.page import curves, memory, tables, verdicts
 from kvcycle.report.page.answers import answers, headline
 from tests.unit.records import (
     BORROWED,
@@ -278,9 +278,9 @@ def test_cycles_that_are_alike_share_a_table() -> None:
 
 
 def test_failures_come_first_with_their_causes_and_equal_verdicts_share_a_row() -> None:
-    groups = verdicts.check_groups(judge(shift(GOOD, BORROWED, 512)))
+    groups = verdicts.check_groups(judge(shift(GOOD, BORROWED, 512)), {})
     assert groups[0].id == "drop.frees_kv"
-    assert [group.worst for group in groups].count("fail") == len(verdicts.red(judge(shift(GOOD, BORROWED, 512))))
+    assert [group.worst for group in groups].count("fail") == len(verdicts.red(groups))
     failed, *others = groups[0].rows
     assert (failed.places, failed.witness, failed.difference) == ("cycle 0, device 1", "ledger", "+512 B")
     assert failed.causes[0].startswith("a buffer was not deleted")
@@ -296,7 +296,7 @@ def test_more_rows_than_anybody_reads_are_counted() -> None:
     many = [
         Verdict(id="x", scope=f"device{number}", verdict="fail", measured=number, message="m") for number in range(99)
     ]
-    (group,) = verdicts.check_groups(many)
+    (group,) = verdicts.check_groups(many, {})
     assert (len(group.rows), group.left_out, group.meaning) == (verdicts.MOST_ROWS, 99 - verdicts.MOST_ROWS, "")
 
 

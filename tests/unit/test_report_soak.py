@@ -13,7 +13,7 @@ from kvcycle.record import Record
 from kvcycle.report import terminal
 from kvcycle.report.soak import buckets, duration, progress_line, show, sparkline
 from kvcycle.soak_command import SoakProgress
-from tests.unit.records import RSS_BASE, good_record
+from tests.unit.records import OTHER, RSS_BASE, good_record
 from tests.unit.soaks import edit_points, edit_soak, good_soak, hold, set_points, soak_of
 
 GOOD = good_soak()
@@ -52,6 +52,22 @@ def test_the_table_has_the_bytes_of_every_device_at_both_ends() -> None:
     assert cells(text, "compilations") == ["compilations and traces", "", "0", ""]
     assert cells(text, "same 4 tokens") == ["cycles with the same 4 tokens", "", "40 of 40", ""]
     assert cells(shown(WIDE), "device 3, allocator")[0] == "device 3, allocator, bytes"
+
+
+def test_of_many_devices_those_that_are_alike_share_a_row() -> None:
+    record = good_soak(devices=256)
+    grown = tuple(
+        point.model_copy(
+            update={"by_owner": point.by_owner | {"other": dict(point.by_owner["other"]) | {7: OTHER + 512}}}
+        )
+        for point in soak_of(record).points
+    )
+    rows = [line for line in shown(edit_soak(record, points=grown)).splitlines() if "ledger, bytes" in line]
+    assert [line.split("│")[1].strip() for line in rows] == [
+        "device 7, ledger, bytes",
+        "devices 0–6, 8–255, ledger, bytes",
+    ]
+    assert "+512" in rows[0]
 
 
 def test_each_check_has_a_line() -> None:

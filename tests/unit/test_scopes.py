@@ -42,6 +42,13 @@ def test_names(templates: tuple[str, ...], platform: Platform, names: list[str])
     assert verdict_names(templates, TINY, platform) == names
 
 
+def test_hosts_have_a_process_each() -> None:
+    place = {"engine.nnodes": 2, "engine.dist_init_addr": "127.0.0.1:10011"}
+    of_hosts = load_profile("tiny", {"engine.tp_size": 2, "cycle.cycles": 1, **place})
+    names = verdict_names(("cycle{cycle}-rss", "run-rss", "device{device}"), of_hosts, "cpu")
+    assert names == ["cycle0-host0-rss", "cycle0-host1-rss", "host0-rss", "host1-rss", "device0", "device1"]
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_the_witnesses_of_a_platform_are_those_of_its_records(platform: Platform) -> None:
     record = good_record(cycles=2, devices=2, allocator=platform == "tpu")

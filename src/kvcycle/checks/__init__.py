@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from kvcycle.checks import controls, generation, memory, rebuild
 from kvcycle.checks.soak import SOAK_CHECKS
 from kvcycle.checks.weights import WEIGHTS_CHECKS
+from kvcycle.collecting import no_collections
 from kvcycle.record import Record, Verdict
 
 Check = Callable[[Record], Iterator[Verdict]]
@@ -49,7 +50,8 @@ CHECKS: dict[str, Check] = {
 
 def judge(record: Record) -> list[Verdict]:
     """Every check's verdicts on a record, in the order of :data:`CHECKS`; the record's own are not looked at."""
-    return [verdict for check in CHECKS.values() for verdict in check(record)]
+    with no_collections():
+        return [verdict for check in CHECKS.values() for verdict in check(record)]
 
 
 def passed(verdicts: list[Verdict]) -> bool:

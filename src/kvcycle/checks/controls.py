@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from kvcycle.checks.verdicts import (
     DEVICE_WITNESSES,
+    Place,
+    as_place,
     left_out,
     left_out_prefix,
+    on_device,
     scope,
     tolerance_bytes,
     unmeasured,
     use_of,
 )
-from kvcycle.record import Canary, Outcome, Phase, Record, Verdict, Witness
+from kvcycle.record import Canary, Device, DeviceUse, Outcome, Phase, Record, Verdict, Witness
 from kvcycle.text import exact_bytes, seconds, signed_bytes
 
 
 def _verdict(
     check: str,
-    place: str,
+    place: Place | str,
     ok: bool,
     text: str,
     *,
@@ -31,22 +35,26 @@ def _verdict(
 ) -> Verdict:
     # A control never fails: an oracle that cannot see says nothing about the engine.
     outcome: Outcome = "pass" if ok else "inconclusive"
+    at = as_place(place)
     return Verdict(
-        id=check, scope=place, witness=witness, verdict=outcome, expected=expected, measured=measured, unit=unit,
-        message=f"{place}: {text}.",
+        id=check, scope=at.scope, host=at.host, witness=witness, verdict=outcome, expected=expected, measured=measured,
+        unit=unit, message=f"{place}: {text}.",
     )  # fmt: skip
 
 
-def blindness(record: Record, witness: Witness, device: int | None) -> str | None:
-    """Why a memory verdict of this witness would prove nothing; None if it saw the canary."""
-    if any((c.witness, c.device) == (witness, device) and _saw(record, c) for c in record.canaries):
+def blindness(record: Record, witness: Witness, device: int | None, host: int = 0) -> str | None:
+    """Why a memory verdict of this witness would prove nothing; None if it saw the canary.
+
+    ``host`` is whose process it is, where ``device`` is None.
+    """
+    if any((device is not None or c.host == host) and _saw(record, c) for c in record.canaries_of(witness, device)):
         return None
     return f"the {witness} did not see an allocation of known size (controls.witness_sees_allocation)"
 
 
 def speaks(record: Record, witness: Witness, device: int | None) -> bool:
     """Whether a witness is one of this run's, on the device or (``None``) in the process: its silence is no pass."""
-    return witness == "ledger" or any((c.witness, c.device) == (witness, device) for c in record.canaries)
+    return witness == "ledger" or bool(record.canaries_of(witness, device))
 
 
 def _saw(record: Record, canary: Canary) -> bool:
@@ -62,7 +70,9 @@ def witness_sees_allocation(record: Record) -> Iterator[Verdict]:
     for canary in record.canaries:
         yield _verdict(
             check,
-            scope(device=canary.device),
+            scope(host=canary.host if len(record.hosts) > 1 else None)
+            if canary.device is None
+            else on_device(record, canary.device),
             _saw(record, canary),
             f"of {exact_bytes(canary.allocated_bytes)} allocated and freed the {canary.witness} saw "
             f"{signed_bytes(canary.rise_bytes)} and {signed_bytes(-canary.fall_bytes)}",
@@ -88,7 +98,7 @@ def witness_saw_boot(record: Record) -> Iterator[Verdict]:
                 continue
             yield _verdict(
                 check,
-                scope(device=device.id),
+                on_device(record, device.id),
                 least > 0 and high - low >= least,
                 f"the boot brought {signed_bytes(high - low)} by the {witness}, weights and KV cache are "
                 f"{exact_bytes(least)}",
@@ -102,32 +112,42 @@ def witness_saw_boot(record: Record) -> Iterator[Verdict]:
 def witnesses_agree(record: Record) -> Iterator[Verdict]:
     """Allocator and RSS, where they speak, report the same changes as the ledger; a disagreement is a failure."""
     for index, cycle in enumerate(record.cycles):
-        pairs = list(zip(cycle.phases, cycle.phases[1:], strict=False))
+        pairs = list(pairwise(cycle.phases))
+        sampled = [(before.by_id, after.by_id, after.name) for before, after in pairs]
         for device in record.devices:
-            gaps = [(gap, after.name) for before, after in pairs if (gap := _gap(before, after, device.id)) is not None]
+            gaps = [
+                (gap, name)
+                for before, after, name in sampled
+                if (gap := _gap(before.get(device.id), after.get(device.id))) is not None
+            ]
             if gaps:
-                yield _agreement(
-                    record, scope(index, device.id), "allocator", max(gaps, key=lambda entry: abs(entry[0])), 0
-                )
+                worst = max(gaps, key=lambda entry: abs(entry[0]))
+                yield _agreement(record, on_device(record, device.id, index), "allocator", worst, 0)
         # RSS follows the KV cache's large buffers only, see platform.map_large_allocations.
-        gaps = [
-            (after.rss_bytes - before.rss_bytes - (after.ledger_bytes_sum - before.ledger_bytes_sum), after.name)
-            for before, after in pairs
-            if after.name in ("kv_cache_dropped", "kv_cache_rebuilt")
-            and before.rss_bytes is not None
-            and after.rss_bytes is not None
-        ]
-        if gaps:
-            yield _agreement(record, scope(index), "rss", max(gaps, key=lambda entry: abs(entry[0])), record.kv.bytes)
+        for host in record.hosts:
+            devices = record.devices_of(host)
+            gaps = [
+                (gap, after.name)
+                for before, after in pairs
+                if after.name in ("kv_cache_dropped", "kv_cache_rebuilt")
+                and (gap := _rss_gap(before, after, host, devices)) is not None
+            ]
+            if gaps:
+                size = record.kv.bytes
+                if host is not None:
+                    size = sum(record.kv.bytes_by_device.get(device.id, 0) for device in devices)
+                worst = max(gaps, key=lambda entry: abs(entry[0]))
+                yield _agreement(record, scope(index, host=host), "rss", worst, size)
 
 
-def _agreement(record: Record, place: str, witness: Witness, worst: tuple[int, str], size: int) -> Verdict:
+def _agreement(record: Record, place: Place | str, witness: Witness, worst: tuple[int, str], size: int) -> Verdict:
     gap, phase = worst
     tolerance = tolerance_bytes(record, witness, size)
-    agree = abs(gap) <= tolerance
+    agree, at = abs(gap) <= tolerance, as_place(place)
     return Verdict(
         id="controls.witnesses_agree",
-        scope=place,
+        scope=at.scope,
+        host=at.host,
         witness=witness,
         verdict="pass" if agree else "fail",
         expected=0,
@@ -144,13 +164,22 @@ def _agreement(record: Record, place: str, witness: Witness, worst: tuple[int, s
     )
 
 
-def _gap(before: Phase, after: Phase, device: int) -> int | None:
-    """The allocator's change minus the ledger's, on one device, between two phases."""
-    values = [use_of(phase.device(device), witness) for witness in DEVICE_WITNESSES for phase in (before, after)]
-    if any(value is None for value in values):
+def _rss_gap(before: Phase, after: Phase, host: int | None, devices: Sequence[Device]) -> int | None:
+    """The change of a host's resident memory minus its ledger's, between two phases; None if it was not sampled."""
+    sizes = before.rss_bytes_of(host), after.rss_bytes_of(host)
+    if sizes[0] is None or sizes[1] is None:
         return None
-    ledger_before, ledger_after, allocator_before, allocator_after = (value or 0 for value in values)
-    return (allocator_after - allocator_before) - (ledger_after - ledger_before)
+    if host is None:
+        return sizes[1] - sizes[0] - (after.ledger_bytes_sum - before.ledger_bytes_sum)
+    held = [sum(use.ledger_bytes for d in devices if (use := phase.device(d.id))) for phase in (before, after)]
+    return sizes[1] - sizes[0] - (held[1] - held[0])
+
+
+def _gap(before: DeviceUse | None, after: DeviceUse | None) -> int | None:
+    """The allocator's change minus the ledger's, on one device, between two phases; None where one is not known."""
+    if before is None or after is None or before.allocator_bytes is None or after.allocator_bytes is None:
+        return None
+    return (after.allocator_bytes - before.allocator_bytes) - (after.ledger_bytes - before.ledger_bytes)
 
 
 def compiles_are_counted(record: Record) -> Iterator[Verdict]:
@@ -160,14 +189,16 @@ def compiles_are_counted(record: Record) -> Iterator[Verdict]:
         yield verdict
         return
     cold = record.generates_when("cold")
-    seen = cold[0].compiles.backend if cold else 0
-    booted = record.boot.compiles.backend if record.boot else 0
+    # Of several hosts the one that saw least: each counts for itself.
+    seen = min(compiles.backend for compiles in cold[0].each_hosts_compiles) if cold else 0
+    booted = min(compiles.backend for compiles in record.boot.each_hosts_compiles) if record.boot else 0
+    least = "at least " if len(record.hosts) > 1 else ""
     precompiled = not record.profile.get("engine", {}).get("disable_precompile", True)
     yield _verdict(
         check,
         "run",
         seen > 0 or (precompiled and booted > 0),
-        f"the counter saw {seen} compilations in the cold generation and {booted} in the boot",
+        f"the counter saw {least}{seen} compilations in the cold generation and {booted} in the boot",
         expected=1,
         measured=seen,
         unit="compilations",
@@ -189,13 +220,14 @@ def recompilation_is_seen(record: Record) -> Iterator[Verdict]:
         yield unmeasured(check, scope(part="latency"), "no generation was made with cleared caches")
         return
     control, allowed_s = cleared[0], limits[1]
+    seen = min(compiles.backend for compiles in control.each_hosts_compiles)
     yield _verdict(
         check,
         scope(part="compiles"),
-        control.compiles.backend > 0,
-        f"after jax.clear_caches() the generation compiled {control.compiles.backend} times",
+        seen > 0,
+        f"after jax.clear_caches() the generation compiled {seen} times",
         expected=1,
-        measured=control.compiles.backend,
+        measured=seen,
         unit="compilations",
     )
     warm = statistics.median(g.seconds for g in record.generates_when("warm"))

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 
 from kvcycle.checks.controls import compiles_are_counted, output_varies, prefix_hit_is_seen, recompilation_is_seen
-from kvcycle.checks.verdicts import at_most, count, left_out, left_out_prefix, scope, unmeasured
+from kvcycle.checks.verdicts import at_most, count, left_out, left_out_prefix, on_which_host, scope, unmeasured
 from kvcycle.record import Generate, Record, Verdict, When
 from kvcycle.text import seconds
 
@@ -48,7 +48,7 @@ def no_compile(record: Record) -> Iterator[Verdict]:
                 expected=0,
                 measured=work.any_work + work.trace,
                 unit="compilations",
-                what="compilations and traces while rebuilding",
+                what=f"compilations and traces while rebuilding{on_which_host(rebuilt.compiles_by_host, traces=True)}",
                 causes=causes,
                 blind=blind,
             )
@@ -69,7 +69,8 @@ def no_compile(record: Record) -> Iterator[Verdict]:
                 expected=0,
                 measured=work.any_work,
                 unit="compilations",
-                what=f"compilations in the generation {when} ({work.lower} lowered, {work.backend} compiled)",
+                what=f"compilations in the generation {when} ({work.lower} lowered, {work.backend} compiled)"
+                + on_which_host(found[0].compiles_by_host),
                 causes=causes,
                 blind=blind,
             )

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvcycle.checks.controls import blindness, speaks
-from kvcycle.checks.verdicts import DEVICE_WITNESSES, change, count, scope, tolerance_bytes, unmeasured, use_of
-from kvcycle.record import DeviceUse, PhaseName, Record, Verdict
+from kvcycle.checks.verdicts import (
+    DEVICE_WITNESSES,
+    change,
+    count,
+    on_device,
+    scope,
+    tolerance_bytes,
+    unmeasured,
+    use_of,
+)
+from kvcycle.record import DeviceUse, PhaseName, Record, Verdict, Witness
 from kvcycle.record_info import DropInfo, Params2Info
 from kvcycle.text import exact_bytes
 
@@ -26,28 +35,31 @@ def device_changes(
     RSS follows only where every buffer is a mapping of its own (1 MiB and more, see ``platform``): the KV cache's are,
     a parameter set's norms and biases are not.
     """
+    blind = _blindness_by_device(record)
     for index, cycle in enumerate(record.cycles):
         before, after = cycle.phase(before_name), cycle.phase(after_name)
         if before is None or after is None:
             missing = before_name if before is None else after_name
             for device in record.devices:
-                yield unmeasured(check, scope(index, device.id), f"the run ended before {missing}", "ledger")
+                place = on_device(record, device.id, index)
+                yield unmeasured(check, place, f"the run ended before {missing}", "ledger")
             continue
+        uses_before, uses_after = before.by_id, after.by_id
         for device in record.devices:
-            expected = expected_by_device.get(device.id)
+            place, expected = on_device(record, device.id, index), expected_by_device.get(device.id)
             if expected is None:
-                yield unmeasured(check, scope(index, device.id), "no size is known for this device", "ledger")
+                yield unmeasured(check, place, "no size is known for this device", "ledger")
                 continue
             for witness in DEVICE_WITNESSES:
-                low = use_of(before.device(device.id), witness)
-                high = use_of(after.device(device.id), witness)
+                low = use_of(uses_before.get(device.id), witness)
+                high = use_of(uses_after.get(device.id), witness)
                 if low is None or high is None:
                     if speaks(record, witness, device.id):
-                        yield unmeasured(check, scope(index, device.id), "this device was not sampled", witness)
+                        yield unmeasured(check, place, "this device was not sampled", witness)
                     continue
                 yield change(
                     check,
-                    scope(index, device.id),
+                    place,
                     witness,
                     before,
                     after,
@@ -55,27 +67,39 @@ def device_changes(
                     (low, high),
                     tolerance_bytes(record, witness, expected),
                     causes,
-                    blindness(record, witness, device.id),
+                    blind[witness, device.id],
                 )
         if not by_rss:
             continue
-        if before.rss_bytes is None or after.rss_bytes is None:
-            if speaks(record, "rss", None):
-                yield unmeasured(check, scope(index), "the process's resident memory was not sampled", "rss")
-        else:
-            total = sum(expected_by_device.get(device.id, 0) for device in record.devices)
+        for host in record.hosts:
+            low, high = before.rss_bytes_of(host), after.rss_bytes_of(host)
+            at_host = scope(index, host=host)
+            if low is None or high is None:
+                if speaks(record, "rss", None):
+                    yield unmeasured(check, at_host, "the process's resident memory was not sampled", "rss")
+                continue
+            total = sum(expected_by_device.get(device.id, 0) for device in record.devices_of(host))
             yield change(
                 check,
-                scope(index),
+                at_host,
                 "rss",
                 before,
                 after,
                 total,
-                (before.rss_bytes, after.rss_bytes),
+                (low, high),
                 tolerance_bytes(record, "rss", total),
                 [*causes, "the process grew or shrank elsewhere meanwhile"],
-                blindness(record, "rss", None),
+                blindness(record, "rss", None, host or 0),
             )
+
+
+def _blindness_by_device(record: Record) -> dict[tuple[Witness, int], str | None]:
+    """Each device's :func:`blindness` by witness, asked for once and not in every cycle."""
+    return {
+        (witness, device.id): blindness(record, witness, device.id)
+        for device in record.devices
+        for witness in DEVICE_WITNESSES
+    }
 
 
 def _kv_expectation(record: Record) -> dict[int, int]:
@@ -134,7 +158,7 @@ def drop_size_is_predicted(record: Record) -> Iterator[Verdict]:
     check, kv = "drop.size_is_predicted", record.kv
     if kv.predicted_bytes is None or kv.predicted_bytes_by_device is None:
         for device in record.devices:
-            yield unmeasured(check, scope(device=device.id), "nothing predicts this model's KV size")
+            yield unmeasured(check, on_device(record, device.id), "nothing predicts this model's KV size")
         yield unmeasured(check, scope(part="engine_claim"), "nothing predicts this model's KV size")
         return
     causes = (
@@ -144,7 +168,7 @@ def drop_size_is_predicted(record: Record) -> Iterator[Verdict]:
     for device in record.devices:
         yield count(
             check,
-            scope(device=device.id),
+            on_device(record, device.id),
             expected=kv.predicted_bytes_by_device.get(device.id, 0),
             measured=kv.bytes_by_device.get(device.id, 0),
             unit="bytes",
@@ -170,14 +194,19 @@ def drop_leaves_weights(record: Record) -> Iterator[Verdict]:
     check = "drop.leaves_weights"
     for index, cycle in enumerate(record.cycles):
         before, after = cycle.phase("flush_cache_before_kv_drop"), cycle.phase("kv_cache_dropped")
+        uses_before, uses_after = (phase.by_id if phase else {} for phase in (before, after))
         for device in record.devices:
-            low, high = (phase.device(device.id) if phase else None for phase in (before, after))
+            place, low, high = (
+                on_device(record, device.id, index),
+                uses_before.get(device.id),
+                uses_after.get(device.id),
+            )
             if low is None or high is None or not low.by_owner.get("weights"):
-                yield unmeasured(check, scope(index, device.id), "no weights were seen before the drop")
+                yield unmeasured(check, place, "no weights were seen before the drop")
                 continue
             yield count(
                 check,
-                scope(index, device.id),
+                place,
                 expected=low.by_owner["weights"],
                 measured=high.by_owner.get("weights", 0),
                 unit="bytes",
@@ -213,21 +242,26 @@ def params2_fits(record: Record) -> Iterator[Verdict]:
         ),
     )
     for index, cycle in enumerate(record.cycles):
+        sampled = [(phase.name, phase.by_id) for phase in cycle.phases]
         for device in record.devices:
+            if device.limit_bytes is None:
+                continue
             # The peak comes with the rebuild: the second set and the KV cache at once.
-            uses = [(phase.name, use) for phase in cycle.phases if (use := phase.device(device.id)) is not None]
-            if device.limit_bytes is None or not uses:
+            uses = [(name, use) for name, by_id in sampled if (use := by_id.get(device.id)) is not None]
+            if not uses:
                 continue
             in_use, name = max((max(use.ledger_bytes, use.allocator_bytes or 0), name) for name, use in uses)
             if in_use > device.limit_bytes:
+                place = on_device(record, device.id, index)
                 yield Verdict(
                     id=check,
                     scope=scope(index, device.id, "capacity"),
+                    host=place.host,
                     verdict="fail",
                     expected=device.limit_bytes,
                     measured=in_use,
                     unit="bytes",
-                    message=f"{name}, {scope(index, device.id)}: {exact_bytes(in_use)} in use, but the device has "
+                    message=f"{name}, {place}: {exact_bytes(in_use)} in use, but the device has "
                     f"{exact_bytes(device.limit_bytes)}.",
                 )
 
@@ -291,26 +325,28 @@ def cycles_no_growth(record: Record) -> Iterator[Verdict]:
         return
     for index in range(len(record.cycles), int(record.profile.get("cycle", {}).get("cycles", 0))):
         yield unmeasured(check, scope(index), "the run ended before this cycle", "ledger")
+    blind = _blindness_by_device(record)
     for index, cycle in enumerate(record.cycles):
         end = cycle.phase("after_drop_param_dict2")
         for device in record.devices:
+            place = on_device(record, device.id, index)
+            before, after = base.by_id.get(device.id), end.by_id.get(device.id) if end else None
             for witness in DEVICE_WITNESSES:
-                low = use_of(base.device(device.id), witness)
-                high = use_of(end.device(device.id), witness) if end else None
+                low, high = use_of(before, witness), use_of(after, witness)
                 if low is None and not speaks(record, witness, device.id):
                     continue
                 if end is None:
-                    yield unmeasured(check, scope(index, device.id), "the cycle did not end", witness)
+                    yield unmeasured(check, place, "the cycle did not end", witness)
                     continue
                 if low is None or high is None:
-                    yield unmeasured(check, scope(index, device.id), "this device was not sampled", witness)
+                    yield unmeasured(check, place, "this device was not sampled", witness)
                     continue
                 if witness == "ledger":
-                    low += _residue_above(base.device(device.id), record.cycles[0].residue_before)
-                    high += _residue_above(end.device(device.id), cycle.residue_after)
+                    low += _residue_above(before, record.cycles[0].residue_before)
+                    high += _residue_above(after, cycle.residue_after)
                 yield change(
                     check,
-                    scope(index, device.id),
+                    place,
                     witness,
                     base,
                     end,
@@ -318,5 +354,5 @@ def cycles_no_growth(record: Record) -> Iterator[Verdict]:
                     (low, high),
                     tolerance_bytes(record, witness, 0),
                     ("something of every cycle stays alive: the second set, a copy, a cached result",),
-                    blindness(record, witness, device.id),
+                    blind[witness, device.id],
                 )

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 from kvcycle.checks.controls import blindness, compiles_are_counted, output_varies, speaks
-from kvcycle.checks.verdicts import at_most, left_out, outcome_of, scope, tolerance_bytes, unmeasured
+from kvcycle.checks.verdicts import at_most, left_out, on_device, outcome_of, tolerance_bytes, unmeasured
 from kvcycle.record import Owner, Record, Soak, Verdict, Witness
 from kvcycle.text import exact_bytes, signed_bytes
 
@@ -37,8 +37,8 @@ def no_growth(record: Record) -> Iterator[Verdict]:
         yield unmeasured(check, "run", "the record has no device")
     for device in record.devices:
         blind = blindness(record, "ledger", device.id)
-        yield _owned(check, soak, device.id, "weights", record.params.bytes_by_device, blind)
-        yield _owned(check, soak, device.id, "kv", record.kv.bytes_by_device, blind)
+        yield _owned(check, record, soak, device.id, "weights", record.params.bytes_by_device, blind)
+        yield _owned(check, record, soak, device.id, "kv", record.kv.bytes_by_device, blind)
         for witness in growth_witnesses(record, device.id):
             yield _growth(check, record, soak, device.id, witness)
     if len(soak.points) < soak.cycles:
@@ -59,8 +59,10 @@ def in_use(soak: Soak, device_id: int, witness: Witness, *, before: bool = False
     return [point.allocator_bytes.get(device_id) for point in points]
 
 
-def _owned(check: str, soak: Soak, device_id: int, owner: Owner, wanted: dict[int, int], blind: str | None) -> Verdict:
-    place = scope(device=device_id, part=owner)
+def _owned(
+    check: str, record: Record, soak: Soak, device_id: int, owner: Owner, wanted: dict[int, int], blind: str | None
+) -> Verdict:
+    place = on_device(record, device_id, part=owner)
     expected = wanted.get(device_id)
     held = [point.by_owner.get(owner, {}).get(device_id) for point in soak.points]
     if expected is None or not held:
@@ -71,7 +73,8 @@ def _owned(check: str, soak: Soak, device_id: int, owner: Owner, wanted: dict[in
         if size != expected:
             return Verdict(
                 id=check,
-                scope=place,
+                scope=place.scope,
+                host=place.host,
                 witness="ledger",
                 verdict="fail",
                 expected=expected,
@@ -94,7 +97,7 @@ def _owned(check: str, soak: Soak, device_id: int, owner: Owner, wanted: dict[in
 
 
 def _growth(check: str, record: Record, soak: Soak, device_id: int, witness: Witness) -> Verdict:
-    place = scope(device=device_id)
+    place = on_device(record, device_id)
     before = in_use(soak, device_id, witness, before=True)
     after = in_use(soak, device_id, witness)
     known_before = [size for size in before if size is not None]
@@ -123,7 +126,8 @@ def _growth(check: str, record: Record, soak: Soak, device_id: int, witness: Wit
     outcome, text = outcome_of(grown is None, text, blindness(record, witness, device_id))
     return Verdict(
         id=check,
-        scope=place,
+        scope=place.scope,
+        host=place.host,
         witness=witness,
         verdict=outcome,
         expected=ceiling,

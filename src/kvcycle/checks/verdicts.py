@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from kvcycle.record import DeviceUse, Outcome, Phase, Record, Verdict, Witness
+from kvcycle.record import Compiles, DeviceUse, Outcome, Phase, Record, Verdict, Witness
 from kvcycle.text import exact_bytes, signed_bytes
 
 DEVICE_WITNESSES: tuple[Witness, ...] = ("ledger", "allocator")
 
 
-def scope(cycle: int | None = None, device: int | None = None, part: str | None = None) -> str:
-    """``cycle0-device2``, ``device2``, ``run``: as test ids write it."""
-    parts = [f"cycle{cycle}" if cycle is not None else "", f"device{device}" if device is not None else "", part or ""]
+def scope(cycle: int | None = None, device: int | None = None, part: str | None = None, host: int | None = None) -> str:
+    """``cycle0-device2``, ``device2``, ``cycle0-host1``, ``run``: as test ids write it."""
+    numbered = {"cycle": cycle, "host": host, "device": device}
+    parts = [*(f"{name}{number}" for name, number in numbered.items() if number is not None), part or ""]
     return "-".join(part for part in parts if part) or "run"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a verdict holds; in its sentence the device's host is named, where the record has more than one."""
+
+    scope: str
+    host: int | None = None
+
+    def __str__(self) -> str:
+        return self.scope if self.host is None else f"{self.scope} (host {self.host})"
+
+
+def on_device(record: Record, device: int, cycle: int | None = None, part: str | None = None) -> Place:
+    """The place of a device, with its host."""
+    return Place(scope(cycle, device, part), record.host_of.get(device))
+
+
+def as_place(place: Place | str) -> Place:
+    """A scope as a place: one that names no device, or whose host is not to be named."""
+    return Place(place) if isinstance(place, str) else place
 
 
 def use_of(use: DeviceUse | None, witness: Witness) -> int | None:
@@ -40,7 +63,7 @@ def outcome_of(ok: bool, text: str, blind: str | None) -> tuple[Outcome, str]:
 
 def change(
     check: str,
-    place: str,
+    place: Place | str,
     witness: Witness,
     before: Phase,
     after: Phase,
@@ -74,9 +97,11 @@ def change(
     if not ok:
         text += f"; off by {signed_bytes(off)}, allowed {exact_bytes(tolerance)}"
     outcome, text = outcome_of(ok, text, blind)
+    at = as_place(place)
     return Verdict(
         id=check,
-        scope=place,
+        scope=at.scope,
+        host=at.host,
         witness=witness,
         verdict=outcome,
         expected=expected,
@@ -89,7 +114,7 @@ def change(
 
 def count(
     check: str,
-    place: str,
+    place: Place | str,
     *,
     expected: int,
     measured: int,
@@ -105,9 +130,11 @@ def count(
     if not ok and unit == "bytes":
         text += f"; off by {signed_bytes(measured - expected)}"
     outcome, text = outcome_of(ok, text, blind)
+    at = as_place(place)
     return Verdict(
         id=check,
-        scope=place,
+        scope=at.scope,
+        host=at.host,
         verdict=outcome,
         expected=expected,
         measured=measured,
@@ -119,7 +146,7 @@ def count(
 
 def at_most(
     check: str,
-    place: str,
+    place: Place | str,
     *,
     allowed: float,
     measured: float,
@@ -130,9 +157,11 @@ def at_most(
 ) -> Verdict:
     """The verdict on a figure that may not exceed another; ``text`` is the sentence without its place and full stop."""
     outcome, text = outcome_of(measured <= allowed, text, blind)
+    at = as_place(place)
     return Verdict(
         id=check,
-        scope=place,
+        scope=at.scope,
+        host=at.host,
         verdict=outcome,
         expected=allowed,
         measured=measured,
@@ -142,9 +171,16 @@ def at_most(
     )
 
 
-def unmeasured(check: str, place: str, why: str, witness: Witness | None = None) -> Verdict:
+def on_which_host(by_host: Sequence[Compiles], *, traces: bool = False) -> str:
+    """Where the compiler worked, as the end of a sentence's subject: ", 3 on host 1". "" on one host, or nowhere."""
+    work = [compiles.any_work + (compiles.trace if traces else 0) for compiles in by_host]
+    return "".join(f", {number:,} on host {rank}" for rank, number in enumerate(work) if number and len(work) > 1)
+
+
+def unmeasured(check: str, place: Place | str, why: str, witness: Witness | None = None) -> Verdict:
     """The verdict where the record lacks what the check needs."""
-    return Verdict(id=check, scope=place, witness=witness, verdict="inconclusive", message=f"{place}: {why}.")
+    at, message = as_place(place), f"{place}: {why}."
+    return Verdict(id=check, scope=at.scope, host=at.host, witness=witness, verdict="inconclusive", message=message)
 
 
 def left_out(check: str, record: Record) -> Verdict | None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from kvcycle.checks.controls import compiles_are_counted
 from kvcycle.checks.generation import failed_control, output_as_warm
 from kvcycle.checks.memory import device_changes
-from kvcycle.checks.verdicts import count, left_out, scope, unmeasured
-from kvcycle.record import WEIGHTS_PHASES, Compiles, Cycle, Record, Verdict
+from kvcycle.checks.verdicts import count, left_out, on_which_host, scope, unmeasured
+from kvcycle.record import WEIGHTS_PHASES, Cycle, Record, Spans, Verdict
 from kvcycle.record_info import WeightsReleasedInfo, WeightsResumedInfo
 
 
@@ -122,31 +122,32 @@ def no_compile(record: Record) -> Iterator[Verdict]:
     blind = failed_control(compiles_are_counted(record))
     for index, cycle in enumerate(record.cycles):
         phase, found = cycle.phase("weights_resumed"), record.generates_when("after_weights", index)
-        spans: tuple[tuple[str, Compiles | None, str, str], ...] = (
+        spans: tuple[tuple[str, Spans | None, str, str], ...] = (
             (
                 "resume",
-                phase.compiles if phase else None,
+                phase,
                 "compilations and traces while resuming the weights",
                 "the weights were not resumed",
             ),
             (
                 "generate",
-                found[0].compiles if found else None,
+                found[0] if found else None,
                 "compilations in the generation after it",
                 "there was no generation on the resumed weights",
             ),
         )
-        for part, work, what, missing in spans:
-            if work is None:
+        for part, span, what, missing in spans:
+            if span is None:
                 yield unmeasured(check, scope(index, part=part), missing)
                 continue
+            work, resumes = span.compiles, part == "resume"
             yield count(
                 check,
                 scope(index, part=part),
                 expected=0,
-                measured=work.any_work + (work.trace if part == "resume" else 0),
+                measured=work.any_work + (work.trace if resumes else 0),
                 unit="compilations",
-                what=what,
+                what=what + on_which_host(span.compiles_by_host, traces=resumes),
                 causes=(
                     "an array came back with another sharding, uncommitted, or in another layout",
                     "the runner was given another container than a list",

@@ -42,6 +42,7 @@ def faults_command(
                 table.add_row(fault.id, fault.what, ", ".join(sorted(fault.red)))
             console.print(table)
             return
+        loaded.check_one_host("A campaign of faults")
         run_dir = new_run_dir(report_dir)
 
     import kvcycle

@@ -73,10 +73,12 @@ class TPUCompiler:
                 f"({topology.description_arguments['topology_name']}): {first_line(error)}."
             ) from error
         self.devices: list[jax.Device] = list(described.devices)
-        if len(self.devices) != topology.devices:
+        shown = (len(self.devices), len({device.process_index for device in self.devices}))
+        expected = (topology.devices, topology.hosts)
+        if shown != expected:
             raise PlanError(
-                f"libtpu shows {len(self.devices)} devices for {topology.name}, and {topology.devices} were expected; "
-                "this version of kvcycle does not know this libtpu."
+                f"libtpu shows {_on_hosts(*shown)} for {topology.name}, and {_on_hosts(*expected)} were expected; this "
+                "version of kvcycle does not know this libtpu."
             )
         self.compiles = 0
         self.capacity_bytes = self._capacity(topology.capacity_bytes)
@@ -170,6 +172,10 @@ class TPUCompiler:
 
     def _everywhere(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(Mesh(np.array(self.devices), ("all",)), spec)
+
+
+def _on_hosts(devices: int, hosts: int) -> str:
+    return f"{devices:,} devices on {hosts:,} host{'' if hosts == 1 else 's'}"
 
 
 def memory_refusal(error: Exception) -> str | None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from kvcycle import reference
 from kvcycle.plan.model import ForwardPlan, MaxTokens, PhasePlan, Plan, TokenLimit
 from kvcycle.record import Owner
+from kvcycle.report.hosts import of_hosts
 from kvcycle.text import exact_bytes
 
 _WORDS: dict[Owner, str] = {"weights": "weights", "kv": "KV", "params2": "2nd set", "other": "other"}
@@ -33,7 +34,7 @@ def show(plan: Plan, console: Console) -> None:
     stack = record.stack
     console.print(
         f"[bold]{_LABEL}[/] {escape(str(record.profile['name']))} on {plan.topology}: "
-        f"{count} {escape(kind)} device{'s' if count > 1 else ''}",
+        f"{count:,} {escape(kind)} device{'s' if count > 1 else ''}{of_hosts(record)}",
         soft_wrap=True,
     )
     console.print(

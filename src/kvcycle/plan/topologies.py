@@ -1,7 +1,8 @@
 """Names that cloud users type for TPU slices (v4-8, v5litepod-4, v6e-8, tpu7x-8), and what libtpu calls them.
 
 The number in a name counts TensorCores on v4, v5p and TPU7x, which have two a chip, and chips on v5e and v6e. A JAX
-device is a chip everywhere but on TPU7x, where it is half of one. Nothing here imports jax.
+device is a chip everywhere but on TPU7x, where it is half of one. A host has four chips, and a process of JAX runs on
+each; v5e and v6e also come as one host of eight chips or of one. Nothing here imports jax.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Generation:
         capacity_bytes: HBM of one device that the compiler grants a program.
         shapes: chips → the shape of the slice.
         chip_config: libtpu's chip configuration, None for its default.
+        one_host: slices of so many chips are one host, though not of 2x2 chips.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Generation:
     capacity_bytes: int
     shapes: dict[int, tuple[int, ...]]
     chip_config: str | None = None
+    one_host: frozenset[int] = frozenset()
 
 
 #: The capacities were measured with libtpu 0.0.42.1 and jax 0.10.2, on every slice listed here: the largest program
@@ -69,16 +72,25 @@ class Generation:
 #: installed libtpu grants another amount, the plan finds and uses that.
 GENERATIONS: tuple[Generation, ...] = (
     Generation("v4", (), "v4", 2, 1, 31_485 * _MIB, _CUBES, chip_config="megacore"),
-    Generation("v5e", ("v5litepod", "v5lite"), "v5e", 1, 1, 16_126 * _MIB, _SQUARES),
+    Generation("v5e", ("v5litepod", "v5lite"), "v5e", 1, 1, 16_126 * _MIB, _SQUARES, one_host=frozenset({1, 8})),
     Generation("v5p", (), "v5p", 2, 1, 98_041 * _MIB, _CUBES),
-    Generation("v6e", (), "v6e", 1, 1, 31_996 * _MIB, _SQUARES),
-    Generation("v7x", ("tpu7x", "v7", "tpuv7x"), "tpu7x", 2, 2, 97_020 * _MIB, {1: (1, 1, 1), **_CUBES}),
+    Generation("v6e", (), "v6e", 1, 1, 31_996 * _MIB, _SQUARES, one_host=frozenset({1, 8})),
+    Generation(
+        "v7x",
+        ("tpu7x", "v7", "tpuv7x"),
+        "tpu7x",
+        2,
+        2,
+        97_020 * _MIB,
+        {1: (1, 1, 1), **_CUBES},
+        one_host=frozenset({1}),
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Topology:
-    """One slice: its name, how many JAX devices it shows, and how libtpu is asked for it."""
+    """One slice: its name, how many hosts and JAX devices it has, and how libtpu is asked for it."""
 
     name: str
     generation: Generation
@@ -95,6 +107,18 @@ class Topology:
         return self.chips * self.generation.devices_per_chip
 
     @property
+    def host_shape(self) -> tuple[int, ...]:
+        """The chips of one host, as libtpu is told them: 2x2, or all of a slice that is one host."""
+        if self.chips in self.generation.one_host:
+            return (*self.shape, 1)[:3]
+        return (2, 2, 1)
+
+    @property
+    def hosts(self) -> int:
+        """How many hosts (VMs, and processes of JAX) the slice has."""
+        return self.chips // math.prod(self.host_shape)
+
+    @property
     def capacity_bytes(self) -> int:
         """HBM of one device that the compiler grants a program, in bytes; measured, see :data:`GENERATIONS`."""
         return self.generation.capacity_bytes
@@ -107,9 +131,9 @@ class Topology:
         if self.generation.chip_config is not None:
             # Without it v4 shows two devices a chip, one for each core, which no Cloud TPU does.
             arguments["chip_config_name"] = self.generation.chip_config
-        if self.chips == 1:
-            # libtpu assumes hosts of 2x2 chips, which a single chip cannot fill.
-            arguments["chips_per_host_bounds"] = (1, 1, 1)
+        if self.host_shape != (2, 2, 1):
+            # libtpu assumes hosts of 2x2 chips: a single chip cannot fill one, and eight would be two.
+            arguments["chips_per_host_bounds"] = self.host_shape
         return arguments
 
 

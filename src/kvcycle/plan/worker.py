@@ -166,7 +166,12 @@ class _Planner:
             profile=profile.model_dump(mode="json"),
             stack=stack(),
             devices=tuple(
-                Device(id=device.id, kind=device.device_kind, limit_bytes=self.compiler.capacity_bytes)
+                Device(
+                    id=device.id,
+                    kind=device.device_kind,
+                    limit_bytes=self.compiler.capacity_bytes,
+                    host=device.process_index,
+                )
                 for device in devices
             ),
             kv=self._kv(),

@@ -18,7 +18,7 @@ SUITE_NAME = "kvcycle"
 
 def failure_message(verdict: Verdict, evidence: Evidence) -> str:
     """One line for a list of failures: check, place, and by how much; a verdict without numbers in its own words."""
-    head = f"{verdict.verdict} [{evidence}] {verdict.id} {verdict.name}"
+    head = f"{verdict.verdict} [{evidence}] {verdict.id} {verdict.place}"
     if verdict.expected is None or verdict.measured is None:
         return printable(f"{head}: {verdict.message}")
     limit = f"{_word(verdict)} {_number(verdict.expected)} {verdict.unit}".rstrip()
@@ -27,7 +27,7 @@ def failure_message(verdict: Verdict, evidence: Evidence) -> str:
 
 def failure_text(verdict: Verdict, evidence: Evidence) -> str:
     """The whole of it: the sentence, the numbers one below the other, likely causes, and where to read on."""
-    lines = [f"{verdict.verdict} [{evidence}] {verdict.id} {verdict.name}", printable(verdict.message), ""]
+    lines = [f"{verdict.verdict} [{evidence}] {verdict.id} {verdict.place}", printable(verdict.message), ""]
     if verdict.expected is not None and verdict.measured is not None:
         numbers = {_word(verdict): _number(verdict.expected), "measured": _number(verdict.measured)}
         if difference := _off(verdict, ""):
@@ -48,6 +48,7 @@ def suite_properties(record: Record, verdicts: Sequence[Verdict]) -> dict[str, s
         "kvcycle.verdicts": ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome]),
         "kvcycle.created": record.created,
         "kvcycle.devices": f"{len(record.devices)} {', '.join(sorted({device.kind for device in record.devices}))}",
+        **({"kvcycle.hosts": str(len(set(record.host_of.values())))} if record.host_of else {}),
         "kvcycle.cycles": str(len(record.cycles)),
         "kvcycle.kv_bytes": str(record.kv.bytes),
         "kvcycle.params_bytes": str(record.params.bytes_on_devices),

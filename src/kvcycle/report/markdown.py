@@ -10,8 +10,10 @@ from itertools import pairwise
 from kvcycle.checks import CHECKS, passed
 from kvcycle.checks.generation import thresholds_s
 from kvcycle.record import OUTCOMES, PhaseName, Record, Soak, Verdict
+from kvcycle.report.alike import Told, told
+from kvcycle.report.hosts import count_of_devices, hosts_of, of_hosts
 from kvcycle.report.markup import code, plain
-from kvcycle.report.phases import JUDGED, WORST_FIRST, expected_changes, of_cycle, worst
+from kvcycle.report.phases import JUDGED, WORST_FIRST, by_check, by_cycle, expected_changes, worst
 from kvcycle.report.soak import compilations, growth_sum
 from kvcycle.report.terminal import WHEN, verdict_line
 from kvcycle.text import seconds, signed_bytes
@@ -32,16 +34,19 @@ def summary(record: Record, verdicts: Sequence[Verdict], failed_tests: Sequence[
         verdicts: what the checks say of it.
         failed_tests: (name, message) of tests that failed though no verdict says so: the engine died at the end.
     """
-    index = _cycle_to_show(record, verdicts)
+    judged = by_cycle(verdicts)
+    index = _cycle_to_show(record, judged)
     parts = [_headline(record, verdicts, failed_tests)]
     if index is None:
         parts.append("No phase was measured.")
     else:
-        parts += [_table_title(record, index), _changes_table(record, verdicts, index)]
-        parts += _of_other_cycles(record, verdicts, index)
+        parts += [_table_title(record, index), _changes_table(record, judged.get(index, []), index)]
+        parts += _of_other_cycles(record, judged, index)
+    if (hosts := hosts_of(record, verdicts)) is not None:
+        parts.append(plain(hosts.summary))
     if record.soak is not None:
         parts.append(_soak_line(record, record.soak))
-    parts += _failures(verdicts, failed_tests)
+    parts += _failures(record, verdicts, failed_tests)
     for number in sorted({*range(min(len(record.cycles), _MAX_CYCLES)), *([index] if index is not None else [])}):
         parts.append(_folded(f"Cycle {number}: every phase", _phases_table(record, number)))
     if record.generates:
@@ -64,26 +69,26 @@ def _headline(record: Record, verdicts: Sequence[Verdict], failed_tests: Sequenc
     return f"## {'✅' if word == 'PASSED' else '❌'} {word} {plain(said)}"
 
 
-def _cycle_to_show(record: Record, verdicts: Sequence[Verdict]) -> int | None:
+def _cycle_to_show(record: Record, judged: dict[int, list[Verdict]]) -> int | None:
     """The first cycle that did not pass; the first of all where every one did, None where there is none."""
     for index, _ in enumerate(record.cycles):
-        if not passed(of_cycle(verdicts, index)):
+        if not passed(judged.get(index, [])):
             return index
     return 0 if record.cycles else None
 
 
 def _table_title(record: Record, index: int) -> str:
-    devices = _count(len(record.devices), "device")
+    devices = count_of_devices(record)
     return plain(f"Cycle {index}: change in bytes in use, summed over {devices}, by the ledger [{record.evidence}]")
 
 
 def _changes_table(record: Record, verdicts: Sequence[Verdict], index: int) -> str:
-    expected, judged = expected_changes(record), of_cycle(verdicts, index)
+    expected, of_check = expected_changes(record), by_check(verdicts)
     rows = []
     for name, measured in _changes(record, index).items():
         if name not in JUDGED:
             continue
-        found = [verdict for verdict in judged if verdict.id == JUDGED[name]]
+        found = of_check.get(JUDGED[name], [])
         outcome = worst(found)
         by = sorted({verdict.witness or verdict.scope for verdict in found if verdict.verdict == outcome})
         rows.append(
@@ -100,12 +105,12 @@ def _changes_table(record: Record, verdicts: Sequence[Verdict], index: int) -> s
     return _table(["phase", "expected", "measured", "Δ bytes", "verdict"], rows, right=(1, 2, 3))
 
 
-def _of_other_cycles(record: Record, verdicts: Sequence[Verdict], shown: int) -> list[str]:
+def _of_other_cycles(record: Record, judged: dict[int, list[Verdict]], shown: int) -> list[str]:
     told: dict[str, list[int]] = {}
     for index, _ in enumerate(record.cycles):
         if index == shown:
             continue
-        if not passed(of_cycle(verdicts, index)):
+        if not passed(judged.get(index, [])):
             words = "did not pass"
         elif _judged_changes(record, index) == _judged_changes(record, shown):
             words = f"passed, every change to the byte as in cycle {shown}"
@@ -121,11 +126,11 @@ def _soak_line(record: Record, soak: Soak) -> str:
     return f"Soak: {len(soak.points):,} of {soak.cycles:,} cycles, {growth}, {compilations(soak):,} compilations."
 
 
-def _failures(verdicts: Sequence[Verdict], failed_tests: Sequence[FailedTest]) -> list[str]:
+def _failures(record: Record, verdicts: Sequence[Verdict], failed_tests: Sequence[FailedTest]) -> list[str]:
     bad = [verdict for verdict in verdicts if verdict.verdict in ("fail", "inconclusive")]
     bad.sort(key=lambda verdict: WORST_FIRST.index(verdict.verdict))
     items = [f"- **failed** {code(name)}: {plain(message)}" for name, message in failed_tests]
-    items += [_item(verdict) for verdict in bad]
+    items += [_item(line) for line in told(bad, record.host_of)]
     if not items:
         return []
     parts = ["### What did not pass", "\n".join(items[:_TOLD])]
@@ -136,9 +141,11 @@ def _failures(verdicts: Sequence[Verdict], failed_tests: Sequence[FailedTest]) -
     return parts
 
 
-def _item(verdict: Verdict) -> str:
+def _item(line: Told) -> str:
+    verdict = line.verdict
+    more = f"\n  - {plain(line.more)}" if line.more else ""
     causes = "".join(f"\n  - likely: {plain(cause)}" for cause in verdict.causes[:5])
-    return f"- **{verdict.verdict}** {code(verdict.id)} {code(verdict.name)}: {plain(verdict.message)}{causes}"
+    return f"- **{verdict.verdict}** {code(verdict.id)} {code(verdict.name)}: {plain(verdict.message)}{more}{causes}"
 
 
 def _phases_table(record: Record, index: int) -> str:
@@ -174,7 +181,8 @@ def _latencies_table(record: Record) -> str:
 
 
 def _checks_table(verdicts: Sequence[Verdict]) -> str:
-    counts = {check: Counter(v.verdict for v in verdicts if v.id == check) for check in CHECKS}
+    of_check = by_check(verdicts)
+    counts = {check: Counter(verdict.verdict for verdict in of_check.get(check, [])) for check in CHECKS}
     rows = [
         [code(check), *(f"{count[outcome]:,}" if count[outcome] else "" for outcome in OUTCOMES)]
         for check, count in counts.items()
@@ -191,7 +199,7 @@ def _facts_table(record: Record) -> str:
         "evidence": record.evidence,
         "profile": str(record.profile.get("name", "?")),
         "model": str((record.profile.get("model") or {}).get("path", "?")),
-        "devices": f"{len(record.devices)} {kinds}",
+        "devices": f"{len(record.devices):,} {kinds}{of_hosts(record)}",
         "KV cache": f"{kv.buffers:,} buffers, {signed_bytes(kv.bytes).removeprefix('+')}",
         "predicted by": f"{kv.predicted_by}: {kv.predicted_how}" if kv.predicted_by else "nothing",
         "weights": f"{record.params.arrays:,} arrays, {signed_bytes(record.params.bytes_on_devices).removeprefix('+')}",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 from kvcycle.record import Outcome, PhaseName, Record, Verdict
+from kvcycle.report.scopes import parts
 
 #: The phases with an expected change, and the check that judges it.
 JUDGED: dict[PhaseName, str] = {
@@ -40,9 +42,22 @@ def worst(verdicts: Iterable[Verdict]) -> Outcome | None:
     return next((outcome for outcome in WORST_FIRST if outcome in outcomes), None)
 
 
-def of_cycle(verdicts: Iterable[Verdict], index: int) -> list[Verdict]:
-    """The verdicts on one cycle."""
-    return [verdict for verdict in verdicts if verdict.scope.split("-")[0] == f"cycle{index}"]
+def by_cycle(verdicts: Iterable[Verdict]) -> dict[int, list[Verdict]]:
+    """The verdicts on each cycle; [] of one on which there is none."""
+    found: defaultdict[int, list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        cycle, _, _ = parts(verdict.scope)
+        if cycle is not None:
+            found[cycle].append(verdict)
+    return found
+
+
+def by_check(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
+    """The verdicts of each check, in the order of the first of each; [] of one that gave none."""
+    found: defaultdict[str, list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        found[verdict.id].append(verdict)
+    return found
 
 
 def expected_changes(record: Record, device_id: int | None = None) -> dict[PhaseName, int]:

@@ -21,7 +21,8 @@ from kvcycle.checks import CHECKS
 from kvcycle.checks.generation import thresholds_s
 from kvcycle.checks.verdicts import tolerance_bytes, use_of
 from kvcycle.record import Outcome, PhaseName, Record, Verdict
-from kvcycle.report.phases import worst
+from kvcycle.report.phases import by_check, worst
+from kvcycle.report.scopes import named
 from kvcycle.report.side_by_side import differences
 from kvcycle.text import seconds
 
@@ -122,7 +123,7 @@ def regressions(
 
 def _checks(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[Regression]:
     before = {(verdict.id, verdict.name): verdict.verdict for verdict in first}
-    of_check = {check: worst(v for v in first if v.id == check) for check in {verdict.id for verdict in first}}
+    of_check = {check: worst(found) for check, found in by_check(first).items()}
     bad: dict[str, list[Verdict]] = {}
     for verdict in second:
         # A place that the first record does not have (a third cycle) stands for the whole check.
@@ -143,8 +144,8 @@ def _bytes(first: Record, second: Record) -> list[Regression]:
         Regression(
             "bytes",
             f"{entry.phase} device {entry.device}",
-            f"{entry.phase}, device {entry.device}, {entry.owner}: {entry.first_bytes:,} and {entry.second_bytes:,} B, "
-            f"{entry.off_bytes:+,} B",
+            f"{entry.phase}, {named('device', [entry.device], first.host_of)}, {entry.owner}: {entry.first_bytes:,} "
+            f"and {entry.second_bytes:,} B, {entry.off_bytes:+,} B",
         )
         for entry in differences(first, second)
     ]
@@ -160,8 +161,8 @@ def _bytes(first: Record, second: Record) -> list[Regression]:
                     Regression(
                         "bytes",
                         f"{after} device {device}",
-                        f"{after}, device {device}, allocator: changed by {one:+,} and {two:+,} B, {two - one:+,} B, "
-                        f"allowed {allowed:,} B",
+                        f"{after}, {named('device', [device], first.host_of)}, allocator: changed by {one:+,} and "
+                        f"{two:+,} B, {two - one:+,} B, allowed {allowed:,} B",
                     )
                 )
     return found

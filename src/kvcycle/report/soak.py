@@ -10,12 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from kvcycle.checks.soak import SOAK_CHECKS, growth_witnesses, in_use, rss_medians
-from kvcycle.record import Record, Soak, Verdict
+from kvcycle.record import Record, Soak, Verdict, Witness
+from kvcycle.report.scopes import named
 from kvcycle.text import exact_bytes, seconds
 
 _BARS = "▁▂▃▄▅▆▇█"
 #: Columns of a small plot: it fits an old terminal beside its name.
 _PLOT_WIDTH = 56
+#: Up to here every device has a row.
+_MOST_DEVICES = 16
 
 
 def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
@@ -99,9 +102,30 @@ def growth_sum(record: Record, soak: Soak) -> list[int]:
     return [sum(values) for values in zip(*by_device, strict=False)]
 
 
+def _ends(record: Record, soak: Soak) -> list[tuple[list[int], Witness, int, int]]:
+    """Devices, witness, the highest bytes before the first drop and those at the end.
+
+    Each device has its own, unless there are many: then those that are alike are together, and the rest left out.
+    """
+    few = len(record.devices) <= _MOST_DEVICES
+    found: dict[object, tuple[list[int], Witness, int, int]] = {}
+    for device in record.devices:
+        for witness in growth_witnesses(record, device.id):
+            before = [size for size in in_use(soak, device.id, witness, before=True) if size is not None]
+            after = [size for size in in_use(soak, device.id, witness) if size is not None]
+            if before and after:
+                start, end = max(before), after[-1]
+                key = (device.id, witness) if few else (witness, start, end)
+                found.setdefault(key, ([], witness, start, end))[0].append(device.id)
+    if few:
+        return list(found.values())
+    # Those that grew most, of whichever bytes; then the most frequent.
+    return sorted(found.values(), key=lambda row: (row[2] - row[3], -len(row[0])))[:_MOST_DEVICES]
+
+
 def _table(record: Record, soak: Soak) -> Table:
     table = Table(
-        title=f"soak: {len(soak.points):,} of {soak.cycles:,} cycles on {len(record.devices)} devices "
+        title=f"soak: {len(soak.points):,} of {soak.cycles:,} cycles on {len(record.devices):,} devices "
         f"({record.evidence})",
         title_justify="left",
         title_style="bold",
@@ -110,15 +134,9 @@ def _table(record: Record, soak: Soak) -> Table:
     table.add_column("start", justify="right", no_wrap=True)
     table.add_column("end", justify="right", no_wrap=True)
     table.add_column("growth", justify="right", no_wrap=True)
-    for device in record.devices:
-        for witness in growth_witnesses(record, device.id):
-            before = [size for size in in_use(soak, device.id, witness, before=True) if size is not None]
-            after = [size for size in in_use(soak, device.id, witness) if size is not None]
-            if before and after:
-                table.add_row(
-                    f"device {device.id}, {witness}, bytes", f"{max(before):,}", f"{after[-1]:,}",
-                    f"{after[-1] - max(before):+,}",
-                )  # fmt: skip
+    for devices, witness, start, end in _ends(record, soak):
+        name = named("device", devices, record.host_of)
+        table.add_row(f"{name}, {witness}, bytes", f"{start:,}", f"{end:,}", f"{end - start:+,}")
     rss = [point.rss_bytes for point in soak.points if point.rss_bytes is not None]
     if (ends := rss_medians(rss)) is not None:
         table.add_row("resident memory, medians", f"{ends[0]:,}", f"{ends[1]:,}", f"{ends[1] - ends[0]:+,}")

@@ -17,7 +17,9 @@ from kvcycle.checks import passed
 from kvcycle.checks.generation import thresholds_s
 from kvcycle.record import OUTCOMES, Cycle, Record, Verdict, When
 from kvcycle.report import soak
-from kvcycle.report.phases import JUDGED, expected_changes, of_cycle, worst
+from kvcycle.report.alike import told
+from kvcycle.report.hosts import hosts_of, of_hosts
+from kvcycle.report.phases import JUDGED, by_check, by_cycle, expected_changes, worst
 from kvcycle.text import exact_bytes, printable, seconds
 
 #: Columns of a table that is written to a log or a file.
@@ -44,40 +46,45 @@ def show(record: Record, verdicts: Sequence[Verdict], console: Console) -> None:
 
     What a record says in words is printed as :class:`~rich.text.Text` and escaped: it can be from anybody.
     """
+    judged = by_cycle(verdicts)
     for index, cycle in enumerate(record.cycles):
-        if index and _changes(cycle) == _changes(record.cycles[0]) and passed(of_cycle(verdicts, index)):
+        found = judged.get(index, [])
+        if index and _changes(cycle) == _changes(record.cycles[0]) and passed(found):
             console.print(f"cycle {index}: every change to the byte as in cycle 0.")
         else:
-            table = _phase_table(record, verdicts, index)
+            table = _phase_table(record, found, index)
             # Exact bytes are never cut off; what is expected is what was measured, or else in the verdict's message.
             wanted = Measurement.get(console, console.options.update(width=1000), table).maximum
-            console.print(table if wanted <= console.width else _phase_table(record, verdicts, index, narrow=True))
+            console.print(table if wanted <= console.width else _phase_table(record, found, index, narrow=True))
     console.print(Text(_witness_line(record)))
     if record.generates:
         console.print(_latency_table(record))
     soak.show(record, verdicts, console)
-    for verdict in verdicts:
-        if verdict.verdict in ("fail", "inconclusive"):
-            said = printable(f" {verdict.id}: {verdict.message}")
-            console.print(Text.assemble((verdict.verdict, _STYLE[verdict.verdict]), said))
-            for cause in verdict.causes:
-                console.print(Text(printable(f"    likely: {cause}")))
+    for line in told([v for v in verdicts if v.verdict in ("fail", "inconclusive")], record.host_of):
+        verdict = line.verdict
+        said = printable(f" {verdict.id}: {verdict.message}")
+        console.print(Text.assemble((verdict.verdict, _STYLE[verdict.verdict]), said))
+        for more in ([line.more] if line.more else []) + [f"likely: {cause}" for cause in verdict.causes]:
+            console.print(Text(printable(f"    {more}")))
     left_out: dict[str, set[str]] = {}
     for verdict in verdicts:
         if verdict.verdict == "not-run":
             left_out.setdefault(verdict.message.removeprefix("Not run: "), set()).add(verdict.id)
     for reason, checks in left_out.items():
         console.print(Text(printable(f"not run: {', '.join(sorted(checks))}: {reason}"), "dim"))
+    if (hosts := hosts_of(record, verdicts)) is not None:
+        console.print(Text(hosts.summary))
     console.print(verdict_line(record, verdicts), soft_wrap=True)
 
 
 def verdict_line(record: Record, verdicts: Sequence[Verdict]) -> Text:
     """One line: the verdict, its evidence label, what was validated, and the verdicts by outcome."""
     counts = Counter(verdict.verdict for verdict in verdicts)
-    numbers = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
+    numbers = ", ".join(f"{counts[outcome]:,} {outcome}" for outcome in OUTCOMES if counts[outcome])
     kinds = ", ".join(sorted({device.kind for device in record.devices}))
+    where = f"{len(record.devices):,} {kinds} devices{of_hosts(record)}"
     said = printable(
-        f" [{record.evidence}] {record.profile.get('name', '?')} on {len(record.devices)} {kinds} devices, "
+        f" [{record.evidence}] {record.profile.get('name', '?')} on {where}, "
         f"sglang-jax {record.stack.sglang_jax}, jax {record.stack.jax}: {numbers or 'nothing was judged'}"
     )
     return Text.assemble(("PASSED", "bold green") if passed(list(verdicts)) else ("FAILED", "bold red"), said)
@@ -90,7 +97,7 @@ def _changes(cycle: Cycle) -> list[tuple[str, int]]:
 
 def _phase_table(record: Record, verdicts: Sequence[Verdict], index: int, *, narrow: bool = False) -> Table:
     table = Table(
-        title=f"cycle {index}: bytes in use, summed over {len(record.devices)} devices (ledger, {record.evidence})",
+        title=f"cycle {index}: bytes in use, summed over {len(record.devices):,} devices (ledger, {record.evidence})",
         title_justify="left",
         title_style="bold",
     )
@@ -101,13 +108,12 @@ def _phase_table(record: Record, verdicts: Sequence[Verdict], index: int, *, nar
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     previous: int | None = None
-    changes = expected_changes(record)
+    changes, of_check = expected_changes(record), by_check(verdicts)
     for phase in record.cycles[index].phases:
         change = phase.ledger_bytes_sum - previous if previous is not None else None
         check = JUDGED.get(phase.name)
         expected = changes.get(phase.name)
-        judged = [verdict for verdict in of_cycle(verdicts, index) if verdict.id == check]
-        outcome = (worst(judged) or "inconclusive") if check else ""
+        outcome = (worst(of_check.get(check, [])) or "inconclusive") if check else ""
         table.add_row(
             phase.name,
             f"{phase.ledger_bytes_sum:,}",

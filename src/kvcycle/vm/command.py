@@ -97,7 +97,9 @@ def run_command(
         session = Session(target, worker, pins, shell, say, work)
         session.open()
         if len(session.workers) > 1:
-            say("Every host runs a suite of its own, told by KVCYCLE_WORKER and KVCYCLE_WORKERS which it is.")
+            say(
+                f"The {len(session.workers)} hosts are one run, and meet at {session.meeting}; worker 0 has its report."
+            )
         run = VMRun(
             session=session,
             job=replace(job, workers=session.workers),

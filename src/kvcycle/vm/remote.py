@@ -76,8 +76,15 @@ class Job:
         """Makes the environment, or keeps it."""
         return call("prepare", self.stack, self.conda_env or "-")
 
-    def start(self, run: str, worker: int, *, token: bool) -> str:
-        """Starts the suite detached, with reports in the run's own folder."""
+    def start(self, run: str, worker: int, *, token: bool, meeting: str | None = None) -> str:
+        """Starts the suite detached, with reports in the run's own folder.
+
+        Args:
+            run: its id.
+            worker: which host this is.
+            token: whether the hub's token was sent.
+            meeting: where the hosts of one run meet, as ``HOST:PORT``; None for one host.
+        """
         return call(
             "start",
             run,
@@ -86,6 +93,7 @@ class Job:
             self.conda_env or "-",
             str(worker),
             str(len(self.workers)),
+            meeting or "-",
             token_name(run) if token else "-",
             *self.pytest_arguments,
             # relative to the checkout, where the suite runs; last, since a person may not move it

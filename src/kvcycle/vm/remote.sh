@@ -105,7 +105,7 @@ PYTHON
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-start() { # RUN IDENTITY STACK CONDA_ENV|- WORKER WORKERS TOKEN_FILE|- PYTEST_ARGUMENT...
+start() { # RUN IDENTITY STACK CONDA_ENV|- WORKER WORKERS HOST_0:PORT|- TOKEN_FILE|- PYTEST_ARGUMENT...
     run=$base/runs/$1
     if [ -d "$run" ] && [ -f "$run/identity" ]; then
         echo "started $1"
@@ -114,7 +114,7 @@ start() { # RUN IDENTITY STACK CONDA_ENV|- WORKER WORKERS TOKEN_FILE|- PYTEST_AR
     exec 9>>"$lock"
     flock -n 9 || refuse $BUSY "Another run lives here: $(cat "$base/current")."
     mkdir -p "$run/reports"
-    [ "$7" = - ] || mv "$HOME/$7" "$run/hf-token"
+    [ "$8" = - ] || mv "$HOME/$8" "$run/hf-token"
     printf '%s\n' "$1" >"$base/current"
     printf '%s\n' "$2" >"$run/identity.new"
     nohup setsid sh "$0" supervise "$@" >>"$run/$1.log" 2>&1 </dev/null &
@@ -130,7 +130,7 @@ start() { # RUN IDENTITY STACK CONDA_ENV|- WORKER WORKERS TOKEN_FILE|- PYTEST_AR
 }
 
 supervise() { # the same arguments: run the suite to its end and note its exit code
-    run=$base/runs/$1 worker=$5 workers=$6
+    run=$base/runs/$1 worker=$5 workers=$6 meeting=$7
     echo $$ >"$run/pid"
     if [ -f "$run/hf-token" ]; then
         HF_TOKEN=$(cat "$run/hf-token")
@@ -138,9 +138,12 @@ supervise() { # the same arguments: run the suite to its end and note its exit c
         rm -f "$run/hf-token"
     fi
     python=$(environment_python "$3" "$4")
-    shift 7
+    shift 8
     cd "$checkout"
-    export KVCYCLE_WORKER="$worker" KVCYCLE_WORKERS="$workers" PYTHONPATH="$checkout/src" PYTHONUNBUFFERED=1
+    export PYTHONPATH="$checkout/src" PYTHONUNBUFFERED=1
+    if [ "$meeting" != - ]; then # the hosts are one run
+        export KVCYCLE_RANK="$worker" KVCYCLE_HOSTS="$workers" KVCYCLE_COORDINATOR="$meeting"
+    fi
     PATH=$(dirname "$python"):$PATH
     "$python" scripts/guard.py "$python" -m pytest "$@" &
     child=$!

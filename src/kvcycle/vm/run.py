@@ -125,7 +125,9 @@ class VMRun:
                 if self.token is not None:
                     self._send_token(worker)
                 started.append(worker)
-                command = self.job.start(self.run_id, worker, token=self.token is not None)
+                command = self.job.start(
+                    self.run_id, worker, token=self.token is not None, meeting=self.session.meeting
+                )
                 self.session.ssh(worker, "Starting the suite", command)
         except BaseException:
             for worker in started:  # a run on some of the hosts is none
@@ -203,13 +205,14 @@ class VMRun:
     def _collect(self, worker: int, folder: Path, end: End) -> bool:
         """Bring the reports, and return whether they came: without them a pass has no evidence, and is none."""
         try:
-            if not self._bring_reports(worker, folder):
+            # Of several hosts, which are one run, the first writes them.
+            if not self._bring_reports(worker, folder) and worker == self.session.workers[0]:
                 self.session.say(f"worker {worker}: the suite left no reports; {folder} has its log")
             self.session.ssh(worker, "Noting that the reports were brought", remote.call("collected", self.run_id))
         except VMError as error:
             self.session.say(f"{error}\nThe reports are still there: ~/{remote.reports_name(self.run_id)}")
             return False
-        if end.code is None:
+        if end.code is None and worker == self.session.workers[0]:
             try:
                 recover(folder, "The run ended without a word while this test ran: the VM restarted, or it was killed.")
             except RecoveryError as error:

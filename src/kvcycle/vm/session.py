@@ -41,6 +41,8 @@ class Session:
     say: Callable[[str], None]
     work: Path
     workers: tuple[int, ...] = ()
+    #: Where the hosts of one run meet, as ``HOST:PORT``; None where there is one.
+    meeting: str | None = None
 
     @property
     def known_hosts(self) -> Path:
@@ -56,6 +58,8 @@ class Session:
         self._check_gcloud()
         node = self._describe()
         self.workers = gcloud.workers_of(node, self.asked_workers, self.target.name)
+        if len(self.workers) > 1:
+            self.meeting = gcloud.meeting_place(node, self.target.name)
         self._pin(node)
         self._introduce()
         for worker in self.workers:

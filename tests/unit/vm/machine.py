@@ -38,7 +38,7 @@ def pytest_configure(config):
     folder.mkdir(parents=True)
     (folder.parent / "latest").symlink_to(folder.name)
     config.option.xmlpath = str(folder / "junit.xml")
-    kept = {name: os.environ.get(name) for name in ("KVCYCLE_WORKER", "KVCYCLE_WORKERS")}
+    kept = {name: os.environ.get(name) for name in ("KVCYCLE_RANK", "KVCYCLE_HOSTS", "KVCYCLE_COORDINATOR")}
     kept |= {"argv": sys.argv[1:], "token_length": len(os.environ.get("HF_TOKEN", ""))}
     (folder / "record.json").write_text(json.dumps(kept))
 """

@@ -126,9 +126,9 @@ def test_the_route_is_in_every_connection(route: Route, track: list[str], flag: 
 
 def test_arguments_are_quoted_once_for_the_vms_shell() -> None:
     job = Job("0" * 40, "s", "my env", ("-k", "a and $(b)", "it's"), (0, 1))
-    words = shlex.split(job.start("RUN", 1, token=True))
+    words = shlex.split(job.start("RUN", 1, token=True, meeting="10.0.0.2:10011"))
     assert words[2:] == [
-        *("start", "RUN", job.identity, "s", "my env", "1", "2", "kvcycle-vm/incoming/RUN.hf-token"),
+        *("start", "RUN", job.identity, "s", "my env", "1", "2", "10.0.0.2:10011", "kvcycle-vm/incoming/RUN.hf-token"),
         *("-k", "a and $(b)", "it's", "--kv-report-dir=../runs/RUN/reports"),
     ]
 
@@ -153,6 +153,13 @@ def described(**changes: object) -> str:
         {"ipAddress": "10.0.0.2"},
     ]
     return json.dumps({"state": "READY", "health": "HEALTHY", "networkEndpoints": ends} | changes)
+
+
+def test_hosts_meet_at_the_first_ones_internal_address() -> None:
+    assert gcloud.meeting_place(Node.parse(described()), "my-tpu") == "10.0.0.1:10011"
+    nowhere = Node.parse(described(networkEndpoints=[{}, {}]))
+    with pytest.raises(VMError, match=r"^gcloud names no internal address of my-tpu's host 0, at which the hosts"):
+        gcloud.meeting_place(nowhere, "my-tpu")
 
 
 def test_the_address_is_the_one_that_gcloud_takes() -> None:

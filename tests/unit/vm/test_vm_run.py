@@ -38,6 +38,7 @@ def test_the_whole_way(machine: StandIn, repository: Path) -> None:
     assert (folder / "junit.xml").is_file()
     kept = json.loads((folder / "record.json").read_text())
     run_id = folder.name.removeprefix(f"{NAME}-")
+    assert (kept["KVCYCLE_RANK"], kept["KVCYCLE_HOSTS"], kept["KVCYCLE_COORDINATOR"]) == (None, None, None)
     assert kept["argv"] == [
         *("-m", "tpu", "--require-tpu", "--kv-profile=tiny", "-k", "suite"),
         f"--kv-report-dir=../runs/{run_id}/reports",
@@ -130,11 +131,12 @@ def test_every_host_of_a_slice_runs_and_is_collected(machine: StandIn) -> None:
     folder = report_folder(machine)
     for worker in (0, 1):
         kept = json.loads((folder / f"worker{worker}" / "record.json").read_text())
-        assert (kept["KVCYCLE_WORKER"], kept["KVCYCLE_WORKERS"]) == (str(worker), "2")
+        assert (kept["KVCYCLE_RANK"], kept["KVCYCLE_HOSTS"]) == (str(worker), "2")
+        assert kept["KVCYCLE_COORDINATOR"] == "10.0.0.0:10011"
         assert numbered(log_of(folder / f"worker{worker}")) == list(range(400))
         assert f"worker {worker}: the suite exited with 0" in done.output
     assert numbered(done.output) == list(range(400))  # the first host's log alone
-    assert "Every host runs a suite of its own" in done.output
+    assert "The 2 hosts are one run, and meet at 10.0.0.0:10011; worker 0 has its report." in done.output
 
 
 @pytest.mark.parametrize("hosts", [2])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvcycle.record import Record, Verdict
+from kvcycle.report.hosts import hosts_of
 from kvcycle.report.page import answers, curves, latency, memory, tables, verdicts
 from kvcycle.report.page.html import render
 from kvcycle.text import first_line
@@ -19,16 +20,18 @@ PAGE = "index.html"
 
 def draw(record: Record, judged: Sequence[Verdict]) -> str:
     """The page of a judged record, as text."""
+    checks = verdicts.check_groups(judged, record.host_of)
     return render(
         "index.html",
         record=record,
         head=answers.headline(record, judged),
         answers=answers.answers(record, judged),
-        red=verdicts.red(judged),
+        red=verdicts.red(checks),
+        hosts=hosts_of(record, judged),
         picture=memory.picture(record, judged),
         latency=latency.latencies(record),
         cycles=tables.cycle_tables(record, judged),
-        checks=verdicts.check_groups(judged),
+        checks=checks,
         soak=curves.soak(record),
     )
 

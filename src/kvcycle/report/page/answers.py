@@ -11,8 +11,10 @@ from typing import Literal
 from kvcycle.checks import passed
 from kvcycle.record import PHASES, Evidence, PhaseName, Record, Verdict
 from kvcycle.record_info import Params2Info
+from kvcycle.report.hosts import count_of_devices, of_hosts
 from kvcycle.report.page.verdicts import counts
 from kvcycle.report.phases import expected_changes
+from kvcycle.report.scopes import named
 from kvcycle.text import exact_bytes, seconds
 
 Word = Literal["yes", "no", "not proven"]
@@ -57,7 +59,7 @@ def headline(record: Record, verdicts: Sequence[Verdict]) -> Headline:
     return Headline(
         good=passed(list(verdicts)),
         name=str(record.profile.get("name", "?")),
-        where=", ".join(f"{count} {kind}" for kind, count in kinds.items()) + " devices",
+        where=", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) + f" devices{of_hosts(record)}",
         evidence_means=EVIDENCE[record.evidence],
         counts=counts(verdicts) or "nothing was judged",
         facts=_facts(record),
@@ -93,7 +95,8 @@ def _answer(question: str, verdicts: Sequence[Verdict], checks: tuple[str, ...],
     found = [verdict for verdict in verdicts if verdict.id in checks]
     bad = [verdict for verdict in found if verdict.verdict == "fail"]
     blind = [verdict for verdict in found if verdict.verdict == "inconclusive"]
-    silent = [check for check in checks if all(verdict.id != check for verdict in found)]
+    spoke = {verdict.id for verdict in found}
+    silent = [check for check in checks if check not in spoke]
     left_out = [verdict for verdict in found if verdict.verdict == "not-run"]
     word: Word = "no" if bad else "not proven" if blind or silent or left_out else "yes"
     because = bad or blind or left_out
@@ -108,7 +111,9 @@ def _given_back(record: Record) -> str:
     if not freed:
         return ""
     wanted = -expected_changes(record)["kv_cache_dropped"]
-    text = f"The drop of {record.kv.buffers:,} buffers freed {_span(freed)} on {_devices(record)}{_every(freed)}"
+    text = (
+        f"The drop of {record.kv.buffers:,} buffers freed {_span(freed)} on {count_of_devices(record)}{_every(freed)}"
+    )
     if set(freed) == {wanted}:
         how = f"what {record.kv.predicted_by} predicted" if record.kv.predicted_by else "what the shards add up to"
         return f"{text}: to the byte {how}."
@@ -122,19 +127,20 @@ def _fitted(record: Record) -> str:
     taken = _changes(record, "kv_cache_dropped", "sglang_param_dict2_ready")
     if not taken:
         return ""
-    text = f"A second parameter set took {_span(taken)} on {_devices(record)}{_every(taken)}"
+    text = f"A second parameter set took {_span(taken)} on {count_of_devices(record)}{_every(taken)}"
     wanted = expected_changes(record)["sglang_param_dict2_ready"]
     text += ", to the byte the engine's own weights" if set(taken) == {wanted} else f"; expected {exact_bytes(wanted)}"
-    room = [
-        (device.limit_bytes - max(use.ledger_bytes, use.allocator_bytes or 0), device.id)
+    limits = {device.id: device.limit_bytes for device in record.devices if device.limit_bytes is not None}
+    room = (
+        (limits[use.id] - max(use.ledger_bytes, use.allocator_bytes or 0), use.id)
         for cycle in record.cycles
         for phase in cycle.phases
-        for device, use in zip(record.devices, (phase.device(device.id) for device in record.devices), strict=True)
-        if use is not None and device.limit_bytes is not None
-    ]
-    if room:
-        least, device_id = min(room)
-        return f"{text}. At the fullest moment device {device_id} had {exact_bytes(least)} left."
+        for use in phase.devices
+        if use.id in limits
+    )
+    if (least := min(room, default=None)) is not None:
+        fullest = named("device", [least[1]], record.host_of)
+        return f"{text}. At the fullest moment {fullest} had {exact_bytes(least[0])} left."
     return f"{text}."
 
 
@@ -176,10 +182,6 @@ def _every(values: list[int]) -> str:
     return f", in {'each of ' * (len(set(values)) == 1)}{len(values):,} cycles" if len(values) > 1 else ""
 
 
-def _devices(record: Record) -> str:
-    return _count(len(record.devices), "device")
-
-
 def _count(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
@@ -207,7 +209,7 @@ def _facts(record: Record) -> tuple[tuple[str, tuple[str, ...]], ...]:
         (
             "Devices",
             [
-                ", ".join(f"{count} × {kind}" for kind, count in kinds.items()),
+                ", ".join(f"{count:,} × {kind}" for kind, count in kinds.items()) + of_hosts(record),
                 f"limit {' or '.join(map(exact_bytes, limits[:3]))} each" if limits else "no limit is known",
             ],
         ),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvcycle.checks.soak import rss_medians
 from kvcycle.checks.verdicts import tolerance_bytes
 from kvcycle.record import Record, Soak
-from kvcycle.report.page.scopes import named
+from kvcycle.report.scopes import named
 from kvcycle.report.soak import compilations, growth_of, growth_sum
 from kvcycle.text import exact_bytes, seconds, signed_bytes
 
@@ -131,7 +131,7 @@ def _growth_plot(record: Record, soak: Soak) -> Plot:
         "B",
         signed_bytes(low),
         signed_bytes(high),
-        tuple(_line(named("device", devices), values, low, high) for values, devices in shown),
+        tuple(_line(named("device", devices, record.host_of), values, low, high) for values, devices in shown),
         _at(0, low, high),
         "no growth",
         f"{left:,} more devices lie between the highest and the lowest." if left else "",

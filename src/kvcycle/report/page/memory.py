@@ -6,13 +6,13 @@ differ among them by less than can be drawn; the exact range is said. What did n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from kvcycle.record import OWNERS, DeviceUse, Outcome, Owner, PhaseName, Record, Verdict
-from kvcycle.report.page.scopes import cells, parts
 from kvcycle.report.phases import JUDGED, LABELS, expected_changes, worst
+from kvcycle.report.scopes import cells, parts
 from kvcycle.text import exact_bytes, signed_bytes
 
 #: "unowned" is what the device's allocator has in use and no live array owns.
@@ -136,7 +136,7 @@ def picture(record: Record, verdicts: Sequence[Verdict]) -> Pictures:
     }
     undrawn += sum(len(group.cells) for group in skipped)
     return Pictures(
-        drawn=tuple(_draw(group, top) for group in chosen),
+        drawn=tuple(_draw(group, top, record.host_of) for group in chosen),
         legend=tuple((layer, NAMES[layer]) for layer in _ORDER if layer in used),
         predicted=any(bar for group in chosen for bar in group.expected),
         left_out=f"{undrawn:,} more devices (in their cycles) differ in bytes from these. Drawn are the most frequent "
@@ -245,14 +245,14 @@ def _chosen(groups: list[_Group], marked: frozenset[tuple[int, int]]) -> tuple[l
     return chosen, [group for group in groups if all(group is not other for other in chosen)]
 
 
-def _draw(group: _Group, top: int) -> Picture:
+def _draw(group: _Group, top: int, hosts: Mapping[int, int]) -> Picture:
     """The group's picture: on an axis of what is used, or of the whole device where that is half of it or more."""
     limit, axis = group.limit_bytes, _axis(max(top, 1))
     whole = limit is not None and limit <= 2 * axis
     if whole and limit is not None:
         axis = max(limit, top)
     return Picture(
-        title=_title(group),
+        title=_title(group, hosts),
         count=len(group.cells),
         worst=group.red[0] if group.red else None,
         bars=_bars(group, axis),
@@ -309,8 +309,8 @@ def _spoken(segments: tuple[Segment, ...]) -> list[tuple[str, str]]:
     return [(segment.name, segment.text) for segment in segments]
 
 
-def _title(group: _Group) -> str:
-    pieces = cells(group.cells)
+def _title(group: _Group, hosts: Mapping[int, int]) -> str:
+    pieces = cells(group.cells, hosts)
     text = "; ".join(pieces[:4])
     return text if len(pieces) <= 4 else f"{text}; and {len(pieces) - 4:,} more"
 

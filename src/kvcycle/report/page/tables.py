@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvcycle.record import Cycle, Outcome, PhaseName, Record, Verdict
-from kvcycle.report.page.scopes import named, parts
-from kvcycle.report.phases import JUDGED, LABELS, expected_changes, worst
+from kvcycle.report.phases import JUDGED, LABELS, by_check, by_cycle, expected_changes, worst
+from kvcycle.report.scopes import named
 
 #: More tables than that are left to the record.
 MOST_TABLES = 8
@@ -52,11 +52,7 @@ class CycleTables:
 
 def cycle_tables(record: Record, verdicts: Sequence[Verdict]) -> CycleTables:
     """A table for every cycle that differs from the ones before it."""
-    of_cycle: dict[int, list[Verdict]] = {}
-    for verdict in verdicts:
-        number, _, _ = parts(verdict.scope)
-        if number is not None:
-            of_cycle.setdefault(number, []).append(verdict)
+    of_cycle = by_cycle(verdicts)
     expected = expected_changes(record)
     found: dict[object, tuple[int, tuple[PhaseRow, ...], list[int], Outcome | None]] = {}
     for index, cycle in enumerate(record.cycles):
@@ -74,7 +70,7 @@ def cycle_tables(record: Record, verdicts: Sequence[Verdict]) -> CycleTables:
 
 
 def _rows(cycle: Cycle, expected: dict[PhaseName, int], verdicts: list[Verdict]) -> tuple[PhaseRow, ...]:
-    rows = []
+    rows, of_check = [], by_check(verdicts)
     previous: int | None = None
     for phase in cycle.phases:
         check = JUDGED.get(phase.name)
@@ -85,7 +81,7 @@ def _rows(cycle: Cycle, expected: dict[PhaseName, int], verdicts: list[Verdict])
                 bytes=phase.ledger_bytes_sum,
                 change=None if previous is None else phase.ledger_bytes_sum - previous,
                 expected=None if previous is None else expected.get(phase.name),
-                outcome=worst(verdict for verdict in verdicts if verdict.id == check) if check else None,
+                outcome=worst(of_check.get(check, [])) if check else None,
                 seconds=phase.seconds,
                 compilations=phase.compiles.backend,
             )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvcycle.checks import CHECKS
 from kvcycle.record import OUTCOMES, Outcome, Verdict
-from kvcycle.report.page.scopes import describe
-from kvcycle.report.phases import WORST_FIRST, worst
+from kvcycle.report.alike import alike
+from kvcycle.report.phases import WORST_FIRST, by_check, worst
+from kvcycle.report.scopes import describe
 from kvcycle.text import exact_bytes, signed_bytes
 
 #: Rows of one check; what is left out is counted, and is in the record.
@@ -44,18 +45,20 @@ class CheckGroup:
     left_out: int
 
 
-def check_groups(verdicts: Sequence[Verdict]) -> list[CheckGroup]:
-    """Every check that gave a verdict: those that failed first, then in the order of the cycle."""
-    by_check: dict[str, list[Verdict]] = {}
-    for verdict in verdicts:
-        by_check.setdefault(verdict.id, []).append(verdict)
-    groups = [_group(check, found) for check, found in by_check.items()]
+def check_groups(verdicts: Sequence[Verdict], hosts: Mapping[int, int]) -> list[CheckGroup]:
+    """Every check that gave a verdict: those that failed first, then in the order of the cycle.
+
+    Args:
+        verdicts: of any checks.
+        hosts: each device's host, {} where there is one.
+    """
+    groups = [_group(check, found, hosts) for check, found in by_check(verdicts).items()]
     return sorted(groups, key=lambda group: WORST_FIRST.index(group.worst))
 
 
-def red(verdicts: Sequence[Verdict]) -> list[CheckGroup]:
+def red(groups: Sequence[CheckGroup]) -> list[CheckGroup]:
     """The checks that did not pass."""
-    return [group for group in check_groups(verdicts) if group.worst in ("fail", "inconclusive")]
+    return [group for group in groups if group.worst in ("fail", "inconclusive")]
 
 
 def counts(verdicts: Sequence[Verdict]) -> str:
@@ -70,14 +73,9 @@ def meaning(check: str) -> str:
     return re.sub(r"``|\*", "", first)
 
 
-def _group(check: str, verdicts: list[Verdict]) -> CheckGroup:
-    alike: dict[tuple[object, ...], list[Verdict]] = {}
-    for verdict in verdicts:
-        key = (verdict.verdict, verdict.witness, verdict.expected, verdict.measured, verdict.unit, verdict.causes)
-        # Without figures it is the sentence that tells them apart.
-        words = verdict.message.replace(verdict.scope, "") if verdict.measured is None else ""
-        alike.setdefault((*key, words), []).append(verdict)
-    rows = sorted(map(_row, alike.values()), key=lambda row: WORST_FIRST.index(row.outcome))
+def _group(check: str, verdicts: list[Verdict], hosts: Mapping[int, int]) -> CheckGroup:
+    rows = [_row(found, hosts) for found in alike(verdicts)]
+    rows.sort(key=lambda row: WORST_FIRST.index(row.outcome))
     return CheckGroup(
         id=check,
         meaning=meaning(check),
@@ -88,11 +86,11 @@ def _group(check: str, verdicts: list[Verdict]) -> CheckGroup:
     )
 
 
-def _row(alike: list[Verdict]) -> Row:
+def _row(alike: list[Verdict], hosts: Mapping[int, int]) -> Row:
     first = alike[0]
     return Row(
         outcome=first.verdict,
-        places=describe(verdict.scope for verdict in alike),
+        places=describe((verdict.scope for verdict in alike), hosts),
         count=len(alike),
         witness=first.witness or "",
         expected=_shown(first.expected, first.unit),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 #: More would be read by nobody; the record has them all.
 _MOST_PIECES = 6
+
+#: No device's host is named.
+_ONE_HOST: Mapping[int, int] = {}
 
 _SCOPE = re.compile(r"(?:cycle(\d{1,9}))?-?(?:device(\d{1,9}))?-?(.*)", re.DOTALL)
 
@@ -32,13 +35,21 @@ def ranges(numbers: Iterable[int], most: int = 12) -> str:
     return f"{text} and {left:,} more" if left else text
 
 
-def named(word: str, numbers: Iterable[int]) -> str:
-    """``device 2``, ``devices 0–3``."""
+def named(word: str, numbers: Iterable[int], hosts: Mapping[int, int] = _ONE_HOST) -> str:
+    """``device 2``, ``devices 0–3``; with their hosts ``device 2049 (host 1)``, ``devices 0–7 (hosts 0–1)``.
+
+    Args:
+        word: what is numbered.
+        numbers: the numbers.
+        hosts: each device's host, {} where there is one.
+    """
     found = sorted(set(numbers))
-    return f"{word}{'s' if len(found) > 1 else ''} {ranges(found)}"
+    text = f"{word}{'s' if len(found) > 1 else ''} {ranges(found)}"
+    on = {hosts[number] for number in found if number in hosts}
+    return f"{text} ({named('host', on)})" if on else text
 
 
-def cells(found: Iterable[tuple[int | None, int | None]]) -> list[str]:
+def cells(found: Iterable[tuple[int | None, int | None]], hosts: Mapping[int, int] = _ONE_HOST) -> list[str]:
     """Cycles and devices in words; the cycles in which the same devices are meant stand together."""
     devices_of: dict[int | None, set[int | None]] = {}
     for cycle, device in found:
@@ -51,19 +62,19 @@ def cells(found: Iterable[tuple[int | None, int | None]]) -> list[str]:
         of_cycle = [cycle for cycle in cycles if cycle is not None]
         on_device = [device for device in same if device is not None]
         words = [named("cycle", of_cycle)] if of_cycle else []
-        words += [named("device", on_device)] if on_device else []
+        words += [named("device", on_device, hosts)] if on_device else []
         pieces.append(", ".join(words))
     return pieces
 
 
-def describe(scopes: Iterable[str]) -> str:
-    """Scopes in words: ``cycles 0–1, devices 0–3``; ``cycle 0, swap back``; ``run``."""
+def describe(scopes: Iterable[str], hosts: Mapping[int, int] = _ONE_HOST) -> str:
+    """Scopes in words: ``cycles 0–1, devices 0–3``; ``cycle 0, swap back``; ``run``; with hosts as :func:`named`."""
     by_part: dict[str, list[tuple[int | None, int | None]]] = {}
     for scope in scopes:
         cycle, device, part = parts(scope)
         by_part.setdefault(part, []).append((cycle, device))
     pieces = []
     for part, found in by_part.items():
-        pieces += [", ".join(word for word in (piece, part.replace("_", " ")) if word) for piece in cells(found)]
+        pieces += [", ".join(word for word in (piece, part.replace("_", " ")) if word) for piece in cells(found, hosts)]
     text = "; ".join(pieces[:_MOST_PIECES])
     return text if len(pieces) <= _MOST_PIECES else f"{text}; and {len(pieces) - _MOST_PIECES:,} more places"
