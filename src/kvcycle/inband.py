@@ -119,7 +119,9 @@ class Channel:
         """The same for a caller on any thread: made, where it is new, once the engine is idle."""
         if (found := self._parts.get(part)) is not None:
             return cast(Part, found)
-        return self.call(lambda: self.part(part), at="idle", timeout_s=ATTACH_S, what=f"attach {part}")
+        return self.call(
+            lambda: self.part(part), at="idle", timeout_s=ATTACH_S, what=f"attach {getattr(part, '__qualname__', part)}"
+        )
 
     def ask[Part, **P, T](
         self,

@@ -17,7 +17,7 @@ from scripts import chromium
 Open = Callable[[str], None]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")  # a whole session would keep it running beside all other tests
 def one_browser() -> Iterator[Chrome]:
     if (problem := chromium.missing()) is not None:
         if os.environ.get("KVCYCLE_REQUIRE_BROWSER", "0") not in ("", "0"):

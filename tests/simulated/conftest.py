@@ -23,8 +23,14 @@ from kvcycle.record import Generate
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
-@pytest.fixture(scope="package", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what was compiled."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(compiled: Path) -> Iterator[None]:
     """What one engine of these tests has compiled, the next reads from jax's persistent cache: a quarter of the work.
 
     What is counted stays: a program that is read is traced, lowered and counted as one that is compiled. What it takes
@@ -32,7 +38,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     was not compiled here.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE, str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv(CACHE, str(compiled))
         # A suite in a process of its own is no worker of this session; pytest-benchmark would take it for one.
         for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
             patch.delenv(name)

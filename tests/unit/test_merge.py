@@ -330,3 +330,11 @@ def test_a_record_whose_hosts_do_not_add_up_is_none(change: dict[str, Any], prob
     record = edit_cycle(WHOLE, 0, phases=(phase, *WHOLE.cycles[0].phases[1:]))
     with pytest.raises(ValueError, match=problem):
         Record.model_validate_json(record.to_json(), strict=True)
+
+
+def test_the_verdicts_line_says_how_many_hosts_there_were() -> None:
+    from kvcycle.report.terminal import verdict_line
+
+    assert " tiny on 4 cpu devices of 2 hosts, " in verdict_line(WHOLE, judge(WHOLE)).plain
+    one = good_record()
+    assert " tiny on 4 cpu devices, " in verdict_line(one, judge(one)).plain
