@@ -221,8 +221,8 @@ def test_ones_own_work_is_told_from_the_machines() -> None:
     took = measure.seconds_of(lambda: [None for _ in iter(lambda: time.process_time() < until, False)])
     _, busy, own = measure._clocks()
     assert took >= 0.29
-    assert own - own_before >= 0.29
-    # Two clocks that tick a hundred times a second.
+    # Clocks that tick a hundred times a second.
+    assert own - own_before >= 0.28
     assert busy - busy_before >= own - own_before - 0.05
 
 
