@@ -12,7 +12,7 @@ import math
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from jax.sharding import Mesh, Sharding
 from kvcycle import capacity
 from kvcycle.errors import UnknownBufferError
 from kvcycle.record_info import Layout
+from kvcycle.zeros import compiled_zeros
 
 #: What a pool may hold besides buffers. Everything else is walked, and refused where it hides an array.
 _LEAVES = (
@@ -248,27 +249,10 @@ class ZeroAllocator:
         self._specs = list(specs)
         self._needed_bytes_by_device = spec_bytes_by_device(self._specs)
         self._groups = [
-            (indices, self._compile([self._specs[i] for i in indices], committed))
+            (indices, compiled_zeros([self._specs[i] for i in indices], committed=committed))
             for committed in (True, False)
             if (indices := [i for i, spec in enumerate(self._specs) if spec.committed is committed])
         ]
-
-    @staticmethod
-    def _compile(specs: Sequence[BufferSpec], committed: bool) -> Callable[[], tuple[jax.Array, ...]]:
-        def zeros() -> tuple[jax.Array, ...]:
-            return tuple(
-                # Only a Python number makes a weak type, and its kind makes the dtype.
-                jax.lax.full(spec.shape, spec.dtype.type(0).item())
-                if spec.weak_type
-                else jnp.zeros(spec.shape, spec.dtype)
-                for spec in specs
-            )
-
-        # Without out_shardings jit leaves its results uncommitted, as the array in the slot was.
-        shardings = tuple(spec.sharding for spec in specs)
-        jitted = jax.jit(zeros, out_shardings=shardings) if committed else jax.jit(zeros)
-        compiled: Callable[[], tuple[jax.Array, ...]] = jitted.lower().compile()
-        return compiled
 
     def __call__(self) -> list[jax.Array]:
         """Allocate; returns the arrays in the order of the specs, once they are really there.
