@@ -66,8 +66,7 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
     containment = Containment()
     started = time.perf_counter()
     with spending("boot"), containment.booting(profile.timeouts.boot_s):
-        with spending("import"):
-            from sgl_jax.srt.entrypoints.engine import Engine
+        from sgl_jax.srt.entrypoints.engine import Engine
 
         # Made before it is booted: its shutdown(), which kills every child process of this one, must go from atexit
         # also where the boot fails.

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-Kind = Literal["import", "boot", "compile", "generate", "cycle", "fault"]
+Kind = Literal["boot", "compile", "generate", "cycle", "fault"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 #: Names a folder: every process that has it leaves its own sums there, whenever no span is open.
