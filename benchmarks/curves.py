@@ -15,7 +15,7 @@ from benchmarks.measure import Way, in_turn, load, seconds_of
 from benchmarks.results import Curve, Point, Scenario
 from benchmarks.sizes import Sizes
 from kvcycle import platform
-from kvcycle.buffers import BufferSpec, ZeroAllocator
+from kvcycle.buffers import BufferSpec, ZeroAllocator, delete
 
 _MIB = 2**20
 #: A token's K and V of one layer on one device.
@@ -80,5 +80,5 @@ def _specs(size_bytes: int, layers: int, devices: int) -> list[BufferSpec]:
 def _allocate(allocate: ZeroAllocator) -> float:
     made: list[jax.Array] = []
     seconds = seconds_of(lambda: made.extend(allocate()))
-    engines.delete(made)
+    delete(made)
     return seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest.mock import patch
 
 import kvcycle
@@ -40,9 +39,3 @@ def malloc_as_started(pages: PageState) -> Iterator[None]:
         return
     with patch.object(platform, "map_large_allocations"):
         yield
-
-
-def delete(arrays: list[Any]) -> None:
-    """Give the arrays' memory back."""
-    for array in arrays:
-        array.delete()

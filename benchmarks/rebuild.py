@@ -18,6 +18,7 @@ from benchmarks.results import Figure, Scenario, Target
 from benchmarks.sizes import Sizes
 from benchmarks.stats import differences, ratios
 from kvcycle import compiles, inband, internals
+from kvcycle.buffers import delete
 from kvcycle.text import exact_bytes
 
 _PAGE_BYTES = 4096
@@ -154,7 +155,7 @@ class _Ways:
 
         with self.kv.released():
             seconds = seconds_of(lambda: self.channel.call(fill))
-            deleted_s = seconds_of(lambda: self.channel.call(lambda: engines.delete(arrays)))
+            deleted_s = seconds_of(lambda: self.channel.call(lambda: delete(arrays)))
         return seconds, deleted_s
 
 

@@ -48,9 +48,8 @@ def scheduler_of(engine: Any) -> Any:
     """
     info = getattr(engine, "scheduler_info", None)
     if info is None and (scheduler := _scheduler_of_a_later_host(engine)) is not None:
-        info = engine.scheduler_info = {
-            "scheduler": scheduler
-        }  # where the first host has it, also after the thread's end
+        # Where the first host has it, also after the thread's end.
+        info = engine.scheduler_info = {"scheduler": scheduler}
     if not isinstance(info, dict):
         raise UnsupportedEngineError(
             f"{type(engine).__name__} is no booted sglang-jax Engine: it has no scheduler_info. Pass the object that "
