@@ -6,7 +6,6 @@ that a run that ends early has lost nothing.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from kvcycle.facts import device_facts, kv_facts, params_facts
 from kvcycle.generate import generate_once
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet, Sharing, perturbed, sharing, swap
-from kvcycle.platform import few_objects_to_collect, return_freed_memory
+from kvcycle.platform import few_objects_to_collect
 from kvcycle.pools import slots_of, weight_arrays
 from kvcycle.predict import predict_by_arithmetic
 from kvcycle.profile import Profile
@@ -47,6 +46,7 @@ from kvcycle.record import (
     now,
 )
 from kvcycle.record_info import DropInfo, Params2Info, PhaseInfo, RebuildInfo, WeightsReleasedInfo, WeightsResumedInfo
+from kvcycle.settling import settle
 from kvcycle.sizing import KVPrediction
 from kvcycle.spending import spending
 from kvcycle.text import exact_bytes, seconds
@@ -341,10 +341,7 @@ class _Run:
             self.details(f"  device {use.id}: {owners or 'nothing'}{allocator}")
 
     def _sample(self) -> memory.MemorySnapshot:
-        # Arrays in reference cycles live until a collection happens to come: the engine leaves some, of a few bytes.
-        gc.collect()
-        if jax.default_backend() == "cpu":
-            return_freed_memory()
+        settle()
         owners: dict[Owner, Iterable[jax.Array]] = {
             "weights": weight_arrays(self.engine),
             "kv": self.kv.arrays(),

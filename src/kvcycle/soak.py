@@ -7,7 +7,6 @@ sample at the idle point. It ends at the first violation.
 
 from __future__ import annotations
 
-import gc
 import signal
 import threading
 import time
@@ -25,10 +24,11 @@ from kvcycle.cycle import Progress, run_cycle
 from kvcycle.generate import generate_once
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSetMaker, perturbed
-from kvcycle.platform import few_objects_to_collect, return_freed_memory
+from kvcycle.platform import few_objects_to_collect
 from kvcycle.pools import weight_arrays
 from kvcycle.profile import Profile
 from kvcycle.record import Generate, Owner, Record, Soak, SoakPoint
+from kvcycle.settling import settle
 from kvcycle.sizing import KVPrediction
 from kvcycle.spending import spending
 
@@ -161,9 +161,7 @@ class _Loop:
     def _point(self, started: float, generated: Generate | None) -> SoakPoint:
         """Let the pipeline drain, and take one sample by every witness."""
         self.kv.flush()
-        gc.collect()
-        if jax.default_backend() == "cpu":
-            return_freed_memory()
+        settle()
         sample = memory.snapshot({"weights": weight_arrays(self.engine), "kv": self.kv.arrays()}, devices=self.devices)
         owners: tuple[Owner, ...] = ("weights", "kv", "other")
         different, off = compared(self.warm, generated, self.new_tokens)

@@ -1,0 +1,84 @@
+"""Lets what was freed be gone, before a sample: garbage, what threads still hold, and what malloc keeps.
+
+A deleted buffer of a CPU device is given back when the last computation that read it has let go of it, which its thread
+does after the computation's results are there. On a busy machine that thread may have to wait for a core, so that two
+of sixteen buffers were still resident when a drop was sampled.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import jax
+
+from kvcycle.platform import return_freed_memory
+
+#: Of this process; Linux only.
+_THREADS = Path("/proc/self/task")
+
+#: After which a sample is taken although a thread is busy: something runs here that has nothing to do with the engine.
+_LIMIT_S = 1.0
+
+
+def settle() -> None:
+    """Collect garbage, wait for the process's other threads to have nothing to do, and give free memory back.
+
+    On accelerators nothing but garbage lies between what is freed and the devices' own count.
+    """
+    collect_garbage()
+    if jax.default_backend() == "cpu":
+        wait_for_other_threads()
+        return_freed_memory()
+
+
+def collect_garbage() -> None:
+    """Collect all garbage: arrays in reference cycles live until a collection happens to come.
+
+    ``gc.collect()`` does nothing while another thread's collection is under way, as it may be whenever that thread lets
+    go of the interpreter in a finalizer; then it is asked again.
+    """
+    deadline = time.monotonic() + _LIMIT_S
+    before = _full_collections()
+    gc.collect()
+    while _full_collections() == before and time.monotonic() < deadline:
+        time.sleep(0)  # the other thread goes on
+        gc.collect()
+
+
+def _full_collections() -> int:
+    return int(gc.get_stats()[-1]["collections"])
+
+
+def wait_for_other_threads(limit_s: float = _LIMIT_S, threads: Path = _THREADS) -> bool:
+    """Wait until two looks in a row find every other thread of this process asleep.
+
+    Args:
+        limit_s: after which to go on.
+        threads: where the system lists them; without it (not Linux) there is nothing to wait for.
+
+    Returns:
+        Whether they sleep.
+    """
+    own = str(threading.get_native_id())
+    deadline = time.monotonic() + limit_s
+    quiet_looks = 0
+    while quiet_looks < 2:
+        if not threads.is_dir():
+            return True
+        busy = any(_is_busy(thread) for thread in threads.iterdir() if thread.name != own)
+        quiet_looks = 0 if busy else quiet_looks + 1
+        if busy and time.monotonic() > deadline:
+            return False
+        time.sleep(0)  # a thread that waits for the interpreter sleeps too, and shall have it between two looks
+    return True
+
+
+def _is_busy(thread: Path) -> bool:
+    with suppress(OSError, IndexError):  # it has ended meanwhile
+        # proc(5): "pid (name) state …", where a name may hold anything; R runs or waits for a core, D waits for a page.
+        return (thread / "stat").read_bytes().rpartition(b")")[2].split()[0] in (b"R", b"D")
+    return False
