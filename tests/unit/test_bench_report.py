@@ -104,6 +104,12 @@ def test_the_table_has_every_number_whole(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
 
 
+def test_a_ratio_beside_its_limit_is_not_rounded_to_one() -> None:
+    assert [table.number(value) for value in (1, 1.0014, 0.9977, 1.0099, 1.01, 1.25)] == [
+        "1", "1.0014", "0.9977", "1.0099", "1.01", "1.25",
+    ]  # fmt: skip
+
+
 def test_a_report_survives_its_json() -> None:
     found = report(scenario(*MET), scenario(*MISSED, name="curves"))
     text = found.model_dump_json(by_alias=True)
