@@ -16,7 +16,7 @@ import psutil
 import typer
 
 from benchmarks import chart, pages, table
-from benchmarks.one import SCENARIOS
+from benchmarks.one import SCENARIOS, WHOLE_RUN
 from benchmarks.results import Report, Scenario
 from benchmarks.sizes import Scale
 from kvcycle.command_line import ReportDirOption, sentences, teller
@@ -31,6 +31,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 #: At full size; the limit of 36 layers, of as much for the limit, and of the engine.
 _LEAST_MEMORY_BYTES = 8 * 2**30
 _LAST_WORDS = 15
+_ONLY = "a scenario by name; repeatable. Only when named: " + ", ".join(sorted({*SCENARIOS} - {*WHOLE_RUN}))
 
 
 class _ScaleName(StrEnum):
@@ -43,7 +44,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    only: Annotated[list[str] | None, typer.Option("--only", help="a scenario by name; repeatable")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help=_ONLY)] = None,
     scale: Annotated[_ScaleName, typer.Option(help="small shows that everything runs, and measures nothing")] = (
         _ScaleName.FULL
     ),
@@ -77,7 +78,7 @@ def _chosen(only: list[str]) -> list[str]:
     unknown = [name for name in only if name not in SCENARIOS]
     if unknown:
         raise KVCycleError(f"There is no scenario {unknown[0]!r}; there are: {', '.join(SCENARIOS)}.")
-    return [name for name in SCENARIOS if not only or name in only]
+    return [name for name in SCENARIOS if name in (only or WHOLE_RUN)]
 
 
 def _check_memory(scale: Scale) -> None:

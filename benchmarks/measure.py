@@ -32,6 +32,13 @@ def in_turn(ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
     return found
 
 
+def turns[Point](rounds: Mapping[Point, int]) -> Iterator[Point]:
+    """Every point as often as it shall have rounds, each point's spread evenly over the whole."""
+    most = max(rounds.values())
+    for number in range(most):
+        yield from (point for point, times in rounds.items() if number * times % most < times)
+
+
 @dataclass
 class Load:
     """How long a block took, and what others took of the machine's cores meanwhile."""

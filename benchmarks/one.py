@@ -51,6 +51,8 @@ SCENARIOS: dict[str, tuple[Callable[[Sizes], Scenario], pages.PageState]] = {
     "overhead": (_overhead, "default"),
     "scale": (_scale, "default"),
 }
+#: What a run has that names none. Nobody's engine has huge pages yet, so those are measured only when they are named.
+WHOLE_RUN: tuple[str, ...] = tuple(name for name in SCENARIOS if name != "rebuild-huge")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the suite adds to a generation: with its counters and guards on the engine, and with the engine as it was.
+"""What the suite adds to a generation: its guards' own time, beside a generation of the engine as it was.
 
 On virtual devices it also maps every large allocation by itself, which is measured too: the temporaries of a forward
 then get new pages every time.
@@ -7,7 +7,10 @@ then get new pages every time.
 from __future__ import annotations
 
 import ctypes
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -15,13 +18,15 @@ from jax._src import monitoring
 
 import kvcycle
 from benchmarks import engines
-from benchmarks.measure import in_turn, load, seconds_of
+from benchmarks.guards import Noted, Replay
+from benchmarks.measure import Way, in_turn, load, seconds_of
 from benchmarks.results import Figure, Scenario, Target
 from benchmarks.sizes import Sizes
 from benchmarks.stats import ratios
 from kvcycle import compiles, inband, internals, platform
 from kvcycle.generate import generate_once
 from kvcycle.profile import Profile
+from kvcycle.weights import Weights
 
 _MS = 1000.0
 
@@ -34,18 +39,22 @@ def run(sizes: Sizes) -> Scenario:
     channel_of = inband.channel_of
 
     def noting(engine: Any) -> inband.Channel:
-        if not attachments:  # the first that kvcycle.boot() does to an engine which has booted
-            attachments.append(_Attachment(engine))
-        return channel_of(engine)
+        if attachments:
+            return channel_of(engine)
+        attachments.append(_Attachment(engine))  # the first that kvcycle.boot() does to an engine which has booted
+        channel = channel_of(engine)
+        attachments[0].note_idle_work()
+        return channel
 
     with load() as busy:
         with patch.object(inband, "channel_of", noting):
             booted = kvcycle.boot(profile, "cpu")
         with booted as engine:
             kvcycle.KVCache(engine)
+            Weights(engine)  # a request asks both whether they are there
             compiles.total()
             attachment = attachments[0]
-            changed = attachment.note()
+            attachment.note()
 
             def bare() -> float:
                 attachment.take_off()
@@ -64,28 +73,43 @@ def run(sizes: Sizes) -> Scenario:
                 finally:
                     platform.map_large_allocations()
 
-            ways = {"guarded": guarded, "bare": bare, "unmapped": unmapped}
+            ways: dict[str, Way] = {"guarded": guarded, "bare": bare, "unmapped": unmapped}
             in_turn(ways, 2)
-            found = in_turn(ways, sizes.generate_rounds)
+            replays = [_generate_once(engine, profile), *attachment.replays(guarded)]
+            own = {replay.name: list[float]() for replay in replays}
+
+            def own_time() -> float:
+                for replay in replays:
+                    own[replay.name].append(replay.own_s())
+                return sum(rounds[-1] for rounds in own.values())
+
+            found = in_turn(ways | {"own": own_time}, sizes.generate_rounds)
+    for replay in replays:  # for the scenario's log
+        print(f"{replay.name}: {replay.calls} calls, {statistics.median(own[replay.name]) * _MS:.4f} ms a generation")
     return Scenario(
         name="overhead",
-        title=f"one generation: {sizes.new_tokens} tokens, {sizes.generate_layers} layers, {changed} calls wrapped",
-        figures=(
-            Figure(name="generate, engine as it was", unit="ms", rounds=tuple(s * _MS for s in found["bare"])),
-            Figure(
-                name="with counters and guards ÷ without",
-                unit="x",
-                rounds=ratios(found["guarded"], found["bare"]),
-                target=Target(sense="at most", limit=1.01),
-            ),
-            Figure(
-                name="large allocations mapped ÷ kept",
-                unit="x",
-                rounds=ratios(found["bare"], found["unmapped"]),
-            ),
-        ),
+        title=f"one generation: {sizes.new_tokens} tokens, {sizes.generate_layers} layers",
+        figures=figures(found, sum(replay.calls for replay in replays)),
         seconds=busy.seconds,
         others_share=busy.others_share,
+    )
+
+
+def figures(found: Mapping[str, Sequence[float]], calls: int) -> tuple[Figure, ...]:
+    """What the seconds of every round say: of a generation by each way, and of the guards by themselves (``own``)."""
+    return (
+        Figure(name="generate, engine as it was", unit="ms", rounds=tuple(s * _MS for s in found["bare"])),
+        Figure(name="guards: calls in one generation", unit="calls", rounds=(calls,)),
+        Figure(name="guards: their own time in it", unit="ms", rounds=tuple(s * _MS for s in found["own"])),
+        Figure(
+            name="generation + guards' own time ÷ generation",
+            unit="x",
+            rounds=tuple(1 + share for share in ratios(found["own"], found["bare"])),
+            target=Target(sense="at most", limit=1.01),
+        ),
+        # Two generations, which vary by more than the guards take: for looking at.
+        Figure(name="generation with guards ÷ without", unit="x", rounds=ratios(found["guarded"], found["bare"])),
+        Figure(name="large allocations mapped ÷ kept", unit="x", rounds=ratios(found["bare"], found["unmapped"])),
     )
 
 
@@ -95,20 +119,73 @@ def _keep_large_allocations() -> None:
         ctypes.CDLL(None).mallopt(platform._M_MMAP_THRESHOLD, 32 * 2**20)
 
 
-def _generate(engine: Any, profile: Profile) -> None:
+def _generate(engine: Any, profile: Profile) -> Any:
     """What :func:`kvcycle.generate.generate_once` asks the engine for, and nothing else."""
-    engine.generate(
+    return engine.generate(
         prompt=profile.cycle.prompt,
         sampling_params={"temperature": 0, "max_new_tokens": profile.cycle.max_new_tokens, "ignore_eos": True},
         return_logprob=True,
     )
 
 
+def _generate_once(engine: Any, profile: Profile) -> Replay:
+    """What :func:`kvcycle.generate.generate_once` adds: deadline, span of the compiler's counters, record."""
+    answering = _Answering(engine, _generate(engine, profile))
+    return Replay(
+        "generate_once",
+        1,
+        lambda: generate_once(answering, profile, "warm", 0),
+        lambda: _generate(answering, profile),
+    )
+
+
+class _Answering:
+    """An engine that has its answer already."""
+
+    def __init__(self, engine: Any, answer: Any) -> None:
+        self._engine, self._answer = engine, answer
+
+    def generate(self, **_: Any) -> Any:
+        return self._answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """An attribute that attaching put a guard into, and what the guard wraps."""
+
+    part: Any
+    name: str
+    guard: Callable[..., Any]
+    wrapped: Callable[..., Any]
+    #: Whether the part had the attribute itself before; else the class has it.
+    own: bool
+
+    def take_off(self) -> None:
+        if self.own:
+            setattr(self.part, self.name, self.wrapped)
+        else:
+            delattr(self.part, self.name)
+
+    def put_on(self, guard: Callable[..., Any] | None = None) -> None:
+        setattr(self.part, self.name, guard or self.guard)
+
+
+#: By jax.monitoring's list, the listener that kvcycle adds to it.
+_LISTENERS: tuple[tuple[list[Any], Callable[..., Any]], ...] = (
+    (monitoring._event_duration_secs_listeners, compiles._on_duration),
+    (monitoring._event_listeners, compiles._on_event),
+)
+
+
 class _Attachment:
     """What attaching changed of an engine's parts; it can be taken off and put on again.
 
-    Two things stay: the idle scheduler rests, since one that spins takes a core of this machine from what is measured,
-    and the dispatcher keeps its entry for kvcycle's messages, which stands behind the engine's own.
+    Two things stay: what the scheduler does when it is idle, since one that spins instead of resting takes a core of
+    this machine from what is measured, and the dispatcher's entry for kvcycle's messages, which stands behind the
+    engine's own. Of the idle work the own time is measured all the same, but for the rest.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -118,29 +195,60 @@ class _Attachment:
         self._scheduler = scheduler
         self._parts = list({id(part): part for part in parts}.values())
         self._before = [dict(vars(part)) for part in self._parts]
-        self._changes: list[tuple[Any, str, Any]] = []
+        self._idle_before = getattr(scheduler, internals.idle_work(scheduler))
+        self._idle_guard = self._idle_before
+        self._changes: list[_Change] = []
 
-    def note(self) -> int:
-        """Note what was changed since; returns how many attributes that are called as the engine runs."""
+    def note_idle_work(self) -> None:
+        """Note the channel's part of it, before the rest is added."""
+        self._idle_guard = getattr(self._scheduler, internals.idle_work(self._scheduler))
+
+    def note(self) -> None:
+        """Note what was changed since: attributes that are called as the engine runs, and the batches' own arrays."""
+        from sgl_jax.srt.model_executor import forward_batch_info as module
+
         idle = internals.idle_work(self._scheduler)
         for part, before in zip(self._parts, self._before, strict=True):
             for name, value in vars(part).items():
                 if callable(value) and before.get(name) is not value and (part, name) != (self._scheduler, idle):
-                    self._changes.append((part, name, value))
-        return len(self._changes)
+                    wrapped = before[name] if name in before else getattr(type(part), name).__get__(part)
+                    self._changes.append(_Change(part, name, value, wrapped, own=name in before))
+        copied: Any = module.device_array
+        self._changes.append(_Change(module, "device_array", copied, copied.__wrapped__, own=True))
 
     def take_off(self) -> None:
-        for part, name, _ in self._changes:
-            before = self._before[self._parts.index(part)]
-            if name in before:
-                setattr(part, name, before[name])
-            else:
-                delattr(part, name)  # the class's own is back
-        monitoring._event_duration_secs_listeners.remove(compiles._on_duration)
-        monitoring._event_listeners.remove(compiles._on_event)
+        for change in self._changes:
+            change.take_off()
+        for listeners, listener in _LISTENERS:
+            listeners.remove(listener)
 
     def put_on(self) -> None:
-        for part, name, value in self._changes:
-            setattr(part, name, value)
-        monitoring._event_duration_secs_listeners.append(compiles._on_duration)
-        monitoring._event_listeners.append(compiles._on_event)
+        for change in self._changes:
+            change.put_on()
+        for listeners, listener in _LISTENERS:
+            listeners.append(listener)
+
+    def replays(self, generate: Callable[[], object]) -> list[Replay]:
+        """Every guard with the calls that one generation makes to it."""
+        idle = internals.idle_work(self._scheduler)
+        idle_noted = Noted(getattr(self._scheduler, idle))
+        noted = [Noted(change.guard) for change in self._changes]
+        listening = [Noted(listener) for _, listener in _LISTENERS]
+        self.take_off()
+        for change, one in zip(self._changes, noted, strict=True):
+            change.put_on(one)
+        for (listeners, _), one in zip(_LISTENERS, listening, strict=True):
+            listeners.append(one)
+        setattr(self._scheduler, idle, idle_noted)
+        try:
+            generate()
+        finally:
+            setattr(self._scheduler, idle, idle_noted.function)
+            for (listeners, _), one in zip(_LISTENERS, listening, strict=True):
+                listeners.remove(one)
+            self.put_on()
+        return [
+            *(one.around(change.name, change.wrapped) for change, one in zip(self._changes, noted, strict=True)),
+            idle_noted.around(idle, self._idle_before, self._idle_guard),
+            *(one.alone(f"jax.monitoring, {one.function.__name__}") for one in listening),
+        ]

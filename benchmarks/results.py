@@ -11,7 +11,7 @@ from benchmarks.stats import CONFIDENCE, Interval, Outcome, PowerLaw, Sense, int
 #: Of the machine's cores, what others may take before nothing that was measured meanwhile is called a result.
 QUIET = 0.05
 
-Unit = Literal["x", "ms", "s", "%", "compilations"]
+Unit = Literal["x", "ms", "s", "%", "compilations", "calls"]
 
 
 class _Part(BaseModel):

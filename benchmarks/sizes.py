@@ -19,12 +19,16 @@ class Sizes:
     tokens: int
     #: Engines booted one after the other, by page state: the boots are timed where there are several.
     sessions: dict[PageState, int]
-    #: Rounds on each of them.
+    #: Rounds on each of them. What has a target gets eight or more: the interval then leaves the outermost pair out.
     rounds: dict[PageState, int]
     arrays: tuple[int, ...]
     arrays_by_device: int
     devices: tuple[int, ...]
+    #: Of every point of the curves; of the one that has the target, which takes milliseconds; of the largest, which
+    #: takes most of the time.
     snapshot_rounds: int
+    snapshot_target_rounds: int
+    snapshot_largest_rounds: int
     kv_bytes: tuple[int, ...]
     kv_layers: tuple[int, ...]
     #: What the curves over layers and devices hold fixed.
@@ -43,20 +47,22 @@ SIZES: dict[Scale, Sizes] = {
         layers=36,
         tokens=32768,
         sessions={"default": 5, "mapped": 1, "fresh": 1, "huge": 1},
-        rounds={"default": 3, "mapped": 7, "fresh": 5, "huge": 5},
+        rounds={"default": 3, "mapped": 8, "fresh": 5, "huge": 5},
         arrays=(100, 1_000, 10_000, 100_000),
         arrays_by_device=1_000,
         devices=(1, 2, 4, 8, 16),
         snapshot_rounds=5,
+        snapshot_target_rounds=30,
+        snapshot_largest_rounds=3,
         kv_bytes=tuple(64 * MIB * 2**n for n in range(7)),
         kv_layers=(4, 10, 20, 40, 80),
         kv_fixed_bytes=512 * MIB,
-        curve_rounds=5,
-        generate_rounds=20,
+        curve_rounds=4,
+        generate_rounds=8,
         generate_layers=4,
         new_tokens=16,
         scale_devices=(4, 64, 1_024, 10_000),
-        scale_rounds=5,
+        scale_rounds=8,
     ),
     "small": Sizes(
         layers=2,
@@ -67,6 +73,8 @@ SIZES: dict[Scale, Sizes] = {
         arrays_by_device=10,
         devices=(1, 2),
         snapshot_rounds=2,
+        snapshot_target_rounds=4,
+        snapshot_largest_rounds=2,
         kv_bytes=(MIB, 2 * MIB),
         kv_layers=(1, 2),
         kv_fixed_bytes=MIB,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import engines
-from benchmarks.measure import load, seconds_of
+from benchmarks.measure import load, seconds_of, turns
 from benchmarks.results import Curve, Figure, Point, Scenario, Target
 from benchmarks.sizes import Sizes
 from kvcycle import memory, platform
@@ -25,23 +27,25 @@ _REPEAT = 3
 
 
 def run(sizes: Sizes) -> Scenario:
-    """Each round makes the arrays of every point anew, takes a first snapshot of them, and more."""
+    """Each round makes the arrays of every point that is due anew, takes a first snapshot of them, and more."""
     platform.prepare("cpu", max(*sizes.devices, engines.DEVICES))
     by_arrays = [(count, engines.DEVICES) for count in sizes.arrays]
     by_devices = [(sizes.arrays_by_device, count) for count in sizes.devices]
     grid = list(dict.fromkeys([*by_arrays, *by_devices]))
+    named = (sizes.arrays_by_device, engines.DEVICES)
+    named = named if named in grid else grid[-1]
+    rounds = dict.fromkeys(grid, sizes.snapshot_rounds)
+    rounds[max(grid)] = sizes.snapshot_largest_rounds
+    rounds[named] = sizes.snapshot_target_rounds
     first: dict[tuple[int, int], list[float]] = defaultdict(list)
     later: dict[tuple[int, int], list[float]] = defaultdict(list)
     with load() as busy:
         for arrays, devices in grid:
             _measure(min(arrays, sizes.arrays_by_device), devices)  # imports, and a heap of some size: does not count
-        for _ in range(sizes.snapshot_rounds):
-            for arrays, devices in grid:
-                seen_s, again_s = _measure(arrays, devices)
-                first[arrays, devices].append(seen_s)
-                later[arrays, devices].append(again_s)
-    named = (sizes.arrays_by_device, engines.DEVICES)
-    named = named if named in later else grid[-1]
+        for arrays, devices in turns(rounds):
+            seen_s, again_s = _measure(arrays, devices)
+            first[arrays, devices].append(seen_s)
+            later[arrays, devices].append(again_s)
 
     def curve(name: str, points: list[tuple[int, int]], of: dict[tuple[int, int], list[float]], axis: int) -> Curve:
         xs = ("arrays", "devices")[axis]
@@ -69,15 +73,19 @@ def run(sizes: Sizes) -> Scenario:
     )
 
 
+@cache
+def _maker(at_once: int, sharding: NamedSharding) -> Callable[[], list[jax.Array]]:
+    """One compiled call that makes so many arrays, the same in every round."""
+    shape = sharding.mesh.size * 16
+    return jax.jit(lambda: [jnp.zeros(shape, jnp.bfloat16) for _ in range(at_once)], out_shardings=[sharding] * at_once)
+
+
 def _measure(count: int, devices: int) -> tuple[float, float]:
     """Seconds of the first snapshot that sees so many arrays, and of a later one."""
     used = jax.devices()[:devices]
     sharding = NamedSharding(Mesh(np.array(used), ("device",)), PartitionSpec("device"))
     at_once = min(_AT_ONCE, count)
-    make = jax.jit(
-        lambda: [jnp.zeros(devices * 16, jnp.bfloat16) for _ in range(at_once)], out_shardings=[sharding] * at_once
-    )
-    arrays: list[Any] = [array for _ in range(count // at_once) for array in make()]
+    arrays: list[Any] = [array for _ in range(count // at_once) for array in _maker(at_once, sharding)()]
     jax.block_until_ready(arrays)
     owners: dict[Owner, list[Any]] = {"weights": arrays[: count // 2], "kv": arrays[count // 2 : count * 3 // 4]}
 

@@ -13,7 +13,7 @@ from benchmarks.results import QUIET, Curve, Report, Scenario, Target
 from benchmarks.stats import Outcome
 
 _STYLE: dict[Outcome, str] = {"met": "green", "missed": "bold red", "not resolved": "yellow"}
-_UNITS = {"x": " x", "ms": " ms", "s": " s", "%": " %", "compilations": ""}
+_UNITS = {"x": " x", "ms": " ms", "s": " s", "%": " %", "compilations": "", "calls": ""}
 
 
 def show(report: Report, console: Console) -> None:
@@ -88,9 +88,11 @@ def _target(target: Target | None) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant figures, without an exponent: ``0.0123``, ``1.23``, ``123``, ``12,345``."""
+    """Three significant figures, without an exponent: ``0.0123``, ``1.23``, ``123``, ``12,345``; near 1 ``1.0012``."""
     if value == 0:
         return "0"
+    if 0 < abs(value - 1) < 0.01:  # as good as 1, and a limit may be 1.01
+        return f"{value:.4f}"
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.5f}"

@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from benchmarks.results import Report
 from benchmarks.sizes import SIZES
 
@@ -30,5 +32,13 @@ def test_every_kind_of_scenario_runs(guarded: Guarded, tmp_path: Path) -> None:
     assert figures["the same counter, fresh jits"].rounds == (sizes.layers,)
     assert figures["pages mapped anew by a rebuild"].rounds[-1] < 10
     overhead = report.scenarios[-1]
-    assert overhead.title.endswith("3 calls wrapped")
+    # generate_once(), the request's wrapper, and for each token one batch whose arrays are copied.
+    assert figures["guards: calls in one generation"].rounds[0] >= 2 + 2 * sizes.new_tokens
+    own, generations = figures["guards: their own time in it"].rounds, figures["generate, engine as it was"].rounds
+    shares = figures["generation + guards' own time ÷ generation"].rounds
+    assert min(own) > 0
+    assert shares == pytest.approx([1 + mine / whole for mine, whole in zip(own, generations, strict=True)])
+    assert [figure.name for figure in overhead.figures if figure.target] == [
+        "generation + guards' own time ÷ generation"
+    ]
     assert all(len(point.rounds_s) >= 2 for scenario in report.scenarios for c in scenario.curves for point in c.points)

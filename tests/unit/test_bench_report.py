@@ -104,6 +104,12 @@ def test_the_table_has_every_number_whole(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
 
 
+def test_a_ratio_beside_its_limit_is_not_rounded_to_one() -> None:
+    assert [table.number(value) for value in (1, 1.0014, 0.9977, 1.0099, 1.01, 1.25)] == [
+        "1", "1.0014", "0.9977", "1.0099", "1.01", "1.25",
+    ]  # fmt: skip
+
+
 def test_a_report_survives_its_json() -> None:
     found = report(scenario(*MET), scenario(*MISSED, name="curves"))
     text = found.model_dump_json(by_alias=True)
@@ -158,6 +164,25 @@ def test_an_unknown_scenario_and_too_little_memory_are_refused_before_anything_r
     assert "need 1,152,921,504,606,846,976 bytes of free memory, and " in ended.output
 
 
+def test_a_whole_run_has_every_scenario_but_the_one_that_nobody_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+
+    def note(name: str, *_: object) -> Scenario:
+        ran.append(name)
+        return scenario(*MET, name=name)
+
+    monkeypatch.setattr(command, "_run", note)
+    monkeypatch.setattr(command, "_check_memory", lambda _scale: None)
+    assert CliRunner().invoke(command.app, ["--report-dir", str(tmp_path)]).exit_code == 0
+    assert ran == [name for name in SCENARIOS if name != "rebuild-huge"]
+    assert CliRunner().invoke(command.app, ["--only", "rebuild-huge", "--report-dir", str(tmp_path)]).exit_code == 0
+    assert ran[len(SCENARIOS) - 1 :] == ["rebuild-huge"]
+    words = CliRunner().invoke(command.app, ["--help"]).output.replace("│", " ").split()
+    assert "Only when named: rebuild-huge" in " ".join(words)
+
+
 def test_a_scenario_that_fails_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCENARIOS, "broken", (lambda _: scenario(1.0), "default"))  # the new process does not know it
     ended = CliRunner().invoke(command.app, ["--scale", "small", "--only", "broken", "--report-dir", str(tmp_path)])
@@ -206,6 +231,14 @@ def test_every_other_round_runs_in_the_opposite_order() -> None:
     assert found == {"a": [1.0] * 3, "b": [2.0] * 3}
 
 
+def test_a_point_gets_its_rounds_spread_over_the_whole() -> None:
+    taken = list(measure.turns({"often": 30, "now and then": 5, "seldom": 3}))
+    assert [taken.count(point) for point in ("often", "now and then", "seldom")] == [30, 5, 3]
+    rounds = [taken[: place + 1].count("often") - 1 for place, point in enumerate(taken) if point == "seldom"]
+    assert rounds == [0, 10, 20]
+    assert list(measure.turns({"a": 2, "b": 2})) == ["a", "b"] * 2
+
+
 def test_the_load_of_others_is_the_machines_less_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = os.cpu_count() or 1
     clocks = iter([(100.0, 50.0, 7.0), (110.0, 50.0 + 6.0 + cores, 13.0)])
@@ -244,4 +277,4 @@ def test_the_whole_benchmark_measures_the_geometry_of_the_yardsticks() -> None:
     assert {*full.rounds} == {*full.sessions} == {*pages.ENVIRONMENT} == {*small.rounds}
     assert all(full.rounds[state] * full.sessions[state] >= 5 for state in pages.ENVIRONMENT), "or nothing resolves"
     assert (min(full.kv_bytes), max(full.kv_bytes)) == (64 * 2**20, 4 * 2**30)
-    assert min(full.snapshot_rounds, full.curve_rounds, full.generate_rounds, full.sessions["default"]) >= 5
+    assert min(full.snapshot_rounds, full.sessions["default"]) >= 5

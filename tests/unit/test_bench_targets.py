@@ -1,0 +1,58 @@
+"""Which figure has a target in which state of the pages, and how many rounds it gets: on planted seconds."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import rebuild
+from benchmarks.pages import ENVIRONMENT, PageState
+from benchmarks.sizes import SIZES
+
+LIMIT = "rebuild ÷ fill by one thread"
+
+
+def ways(own_loop_s: float = 0.2) -> Any:
+    """What one engine's rounds found: a rebuild takes 0.1 s."""
+    seconds = {"rebuild": [0.1], "fill": [0.1], "memset": [0.05], "own loop": [own_loop_s], "fresh jit": [1.0]}
+    return SimpleNamespace(
+        seconds={name: rounds * 8 for name, rounds in seconds.items()},
+        first_s=0.1, compiles=[0], compiles_elsewhere=36,
+        faults=[0.0], user_s=[0.1], system_s=[0.0], drops=[0.01] * 8, deletes=[0.01] * 8, unmaps=[],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pages", "expected"),
+    [
+        ("default", {LIMIT, "fresh jit per layer ÷ rebuild", "new engine, tiny weights ÷ rebuild"}),
+        ("mapped", {LIMIT, "engine's own loop ÷ rebuild", "drop - deleting as much"}),
+        ("fresh", set()),
+        ("huge", set()),
+    ],
+)  # fmt: skip
+def test_each_ratio_is_judged_where_nothing_else_blurs_it(pages: PageState, expected: set[str]) -> None:
+    found = {figure.name: figure for figure in rebuild._figures([ways()], [20.0], pages)}
+    assert {name for name, figure in found.items() if figure.target} == expected | {"compilations in a rebuild"}
+    assert "engine's own loop ÷ rebuild" in found, "printed in every state"
+
+
+@pytest.mark.parametrize(("own_loop_s", "expected"), [(0.2, "met"), (0.15, "missed")])
+def test_a_rebuild_that_is_hardly_faster_than_the_engines_own_loop_misses(own_loop_s: float, expected: str) -> None:
+    found = {figure.name: figure for figure in rebuild._figures([ways(own_loop_s)], [20.0], "mapped")}
+    assert found["engine's own loop ÷ rebuild"].outcome(0.0) == expected
+
+
+def test_what_has_a_target_has_rounds_enough_to_leave_the_outermost_pair_out() -> None:
+    full = SIZES["full"]
+    by_state = {state: full.sessions[state] * full.rounds[state] for state in ENVIRONMENT}
+    timed = [
+        by_state["default"],
+        by_state["mapped"],
+        full.snapshot_target_rounds,
+        full.generate_rounds,
+        full.scale_rounds,
+    ]
+    assert min(timed) >= 8
