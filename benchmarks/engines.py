@@ -33,9 +33,9 @@ def profile(layers: int, tokens: int) -> Profile:
 
 @contextmanager
 def malloc_as_started(pages: PageState) -> Iterator[None]:
-    """Keep :func:`kvcycle.boot` from mapping every large allocation, but where that is what is measured."""
-    if pages in ("fresh", "huge"):
+    """Keep :func:`kvcycle.boot` from mapping every large allocation, in plain pages, but where that is measured."""
+    if pages == "fresh":
         yield
         return
-    with patch.object(platform, "map_large_allocations"):
+    with patch.object(platform, "map_large_allocations"), patch.object(platform, "keep_large_allocations"):
         yield

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, Sharding
 
 from kvcycle import capacity
 from kvcycle.errors import UnknownBufferError
+from kvcycle.platform import large_allocations_mapped
 from kvcycle.record_info import Layout
 from kvcycle.zeros import compiled_zeros
 
@@ -263,9 +264,10 @@ class ZeroAllocator:
         capacity.claim(self._needed_bytes_by_device)
         arrays: dict[int, jax.Array] = {}
         try:
-            for indices, allocate in self._groups:
-                arrays.update(zip(indices, allocate(), strict=True))
-            jax.block_until_ready(list(arrays.values()))
+            with large_allocations_mapped():
+                for indices, allocate in self._groups:
+                    arrays.update(zip(indices, allocate(), strict=True))
+                jax.block_until_ready(list(arrays.values()))
         except BaseException:
             # The exception's traceback would keep what is there already alive for as long as somebody keeps it.
             delete(arrays.values())

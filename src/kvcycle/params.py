@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from kvcycle import capacity, inband, internals
 from kvcycle.buffers import bytes_by_device, delete
 from kvcycle.errors import ParamSetError
+from kvcycle.platform import large_allocations_mapped
 from kvcycle.text import exact_bytes, first_line
 
 Transform = Callable[[jax.Array], jax.Array]
@@ -109,7 +110,8 @@ class ParamSetMaker:
         hosts = inband.channel_of(self._engine).hosts
         with hosts.all_or_none("clone the weights", undo=lambda: delete(leaves)), _told_as_no_room(source):
             capacity.claim(source.bytes_by_device)
-            leaves += jax.block_until_ready(self._make(list(source.leaves)))
+            with large_allocations_mapped():
+                leaves += jax.block_until_ready(self._make(list(source.leaves)))
         return ParamSet(tuple(leaves))
 
 

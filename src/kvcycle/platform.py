@@ -15,9 +15,18 @@ from kvcycle.profile import Platform
 
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
-#: glibc's M_MMAP_THRESHOLD (malloc.h). Set, it is also fixed: glibc stops raising it after the first large free.
+#: Numbers of glibc's mallopt (malloc.h). A threshold that is set is also fixed: glibc stops raising it after the first
+#: large free.
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+#: Of Linux's prctl (linux/prctl.h).
+_PR_SET_THP_DISABLE = 41
 _MAPPED_FROM_BYTES = 1 << 20
+#: The most that glibc takes for it, and where its own threshold ends up.
+_KEPT_BELOW_BYTES = 32 << 20
+#: Free memory at the end of a heap that stays there until :func:`return_freed_memory`.
+_KEPT_FREE_BYTES = 1 << 30
 
 
 def prepare(platform: Platform, devices: int, hosts: int = 1) -> None:
@@ -36,7 +45,7 @@ def prepare(platform: Platform, devices: int, hosts: int = 1) -> None:
     if platform == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = _with_device_count(os.environ.get("XLA_FLAGS", ""), devices)
-        map_large_allocations()
+        map_large_allocations()  # the engine's own pools are among them
     if "jax" in sys.modules:
         import jax
 
@@ -69,11 +78,73 @@ def map_large_allocations() -> None:
     """Let every allocation of 1 MiB and more be its own memory mapping, so that resident memory follows a free.
 
     glibc otherwise raises its mmap threshold at the first large free and keeps later buffers on its heap: of 2,304 MiB
-    freed as little as 1,120 then went back to the system, and the ``rss`` witness would be wrong. Does nothing where
-    the C library is not glibc.
+    freed as little as 1,120 then went back to the system, and the ``rss`` witness would be wrong. Threads that start
+    from now on share one heap, of which all that is free can be given back; of a heap of its own, not its end. Does
+    nothing where the C library is not glibc.
+
+    And let the system use plain pages: numpy asks for huge ones for arrays of 4 MiB and more, also in memory that the
+    heap uses again for something else, and resident memory then goes by 2 MiB.
     """
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
+        ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    _set(_M_ARENA_MAX, 1)
+    _set(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
+
+
+def keep_large_allocations() -> bool:
+    """Let what comes and goes stay in memory that is mapped already, except in :func:`large_allocations_mapped`.
+
+    A forward's temporaries would otherwise be mapped anew, page by page, at every step, which takes as much processor
+    time as everything else in it (the tiny profile's). What is free goes back in :func:`return_freed_memory`, but of a
+    second heap not its end: so nothing is kept in a process whose threads had heaps of their own before
+    :func:`prepare`. ``MALLOC_ARENA_MAX=1`` in its environment prevents those.
+
+    Returns:
+        Whether they are kept.
+    """
+    if _heaps() != 1:
+        return False
+    _set(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
+    _set(_M_MMAP_THRESHOLD, _KEPT_BELOW_BYTES)
+    _kept[:] = [True]
+    return True
+
+
+def _heaps() -> int | None:
+    """How many heaps malloc has made (glibc's arenas); None where the C library does not say."""
+    text, size = ctypes.c_char_p(), ctypes.c_size_t()
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.open_memstream.restype = ctypes.c_void_p
+        stream = ctypes.c_void_p(libc.open_memstream(ctypes.byref(text), ctypes.byref(size)))
+        libc.malloc_info(0, stream)
+        libc.fclose(stream)
+        found = (text.value or b"").count(b"<heap nr=")
+        libc.free(text)
+        return found or None
+    return None
+
+
+#: Not empty once large allocations are kept.
+_kept: list[bool] = []
+
+
+@contextmanager
+def large_allocations_mapped() -> Iterator[None]:
+    """Map what is allocated in a ``with`` block, by any thread: buffers that are lent, and must be seen to go."""
+    if not _kept:
+        yield
+        return
+    map_large_allocations()
+    try:
+        yield
+    finally:
+        _set(_M_MMAP_THRESHOLD, _KEPT_BELOW_BYTES)
+
+
+def _set(option: int, value: int) -> None:
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def return_freed_memory() -> None:

@@ -31,6 +31,7 @@ from kvcycle.errors import (
     WeightsStateError,
 )
 from kvcycle.params import ParamSet, check_same_layout
+from kvcycle.platform import large_allocations_mapped
 from kvcycle.remote import way_to
 from kvcycle.text import exact_bytes
 
@@ -257,14 +258,15 @@ class HostCopy:
     def restore(self) -> jax.Array:
         """The array anew: same contents, sharding, memory kind, committed; compiles nothing."""
         kind = self._spec.sharding.memory_kind
-        shards = [
-            # On CPU device_put makes the numpy array's own memory the device's: each device gets a copy of its own.
-            jax.device_put(
-                self._blocks[place].copy() if device.platform == "cpu" else self._blocks[place],
-                SingleDeviceSharding(device, memory_kind=kind),
-            )
-            for device, place in self._places
-        ]
+        with large_allocations_mapped():
+            shards = [
+                # On CPU device_put makes the numpy array's own memory the device's: each device gets its own copy.
+                jax.device_put(
+                    self._blocks[place].copy() if device.platform == "cpu" else self._blocks[place],
+                    SingleDeviceSharding(device, memory_kind=kind),
+                )
+                for device, place in self._places
+            ]
         return jax.make_array_from_single_device_arrays(self._spec.shape, self._spec.sharding, shards)
 
 

@@ -105,3 +105,77 @@ def test_a_c_library_without_the_calls_is_let_be(monkeypatch: pytest.MonkeyPatch
     platform.return_freed_memory()
     platform.prepare("cpu", 4)
     assert os.environ["JAX_PLATFORMS"] == "cpu"
+
+
+_HEAP = """
+import os, sys, threading
+
+import psutil
+
+from kvcycle import platform
+
+MIB = 2**20
+
+
+def resident():
+    return psutil.Process().memory_info().rss / MIB
+
+
+def left_by_8_mib():
+    before = resident()
+    block = b"x" * (8 * MIB)  # written, so that it is resident
+    assert resident() - before > 7
+    del block
+    return round((resident() - before) / 8)
+
+
+if "second heap" in sys.argv:
+    thread = threading.Thread(target=bytearray, args=(100_000,))
+    thread.start()
+    thread.join()
+platform.map_large_allocations()
+print("mapped", left_by_8_mib())
+print("kept:", platform.keep_large_allocations())
+print("then", left_by_8_mib())
+platform.return_freed_memory()
+with platform.large_allocations_mapped():
+    print("mapped among it", left_by_8_mib())
+print("after it", left_by_8_mib())
+before = resident()
+platform.return_freed_memory()
+print("given back", round((before - resident()) / 8))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is what is tested")
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        (
+            "one heap",
+            ["mapped 0", "kept: True", "then 1", "mapped among it 0", "after it 1", "given back 1"],
+        ),
+        (
+            "second heap",
+            ["mapped 0", "kept: False", "then 0", "mapped among it 0", "after it 0", "given back 0"],
+        ),
+    ],
+)
+def test_what_malloc_keeps_of_what_is_freed(argument: str, said: list[str]) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", _HEAP, argument], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == said, done.stderr
+
+
+def test_a_process_on_virtual_devices_has_plain_pages() -> None:
+    script = "import ctypes\nfrom kvcycle import platform\n{}\nprint(ctypes.CDLL(None).prctl(42, 0, 0, 0, 0))"
+    asked = [
+        subprocess.run(
+            [sys.executable, "-c", script.format(call)], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for call in ("", "platform.prepare('cpu', 1)", "platform.prepare('tpu', 1)")
+    ]
+    assert asked[1] == "1"
+    assert asked[0] == asked[2]  # the process's own, whatever it was started with
