@@ -132,11 +132,13 @@ def snapshot(
     use: dict[int, dict[Owner, int]] = {device.id: dict.fromkeys(OWNERS, 0) for device in local}
     counted: set[_Place] = set()
     unowned: dict[str, list[int]] = {}
-    live = jax.live_arrays()[::-1]  # oldest first: an array comes before its views
+    live = jax.live_arrays()
     if largest:
         # Ordered so that a whole array is met before the single-device views that reading its shards leaves alive: then
         # the largest unowned arrays are named whole. The sums are the same in any order.
         live.sort(key=lambda array: -len(array.sharding.device_set))
+    else:
+        live.reverse()  # oldest first: there too, an array comes before its views
     # Most live arrays are views. Nothing of one whose array was counted is touched: where neighbours share the
     # processor's caches, touching is what takes the time.
     views: set[int] = set()
