@@ -46,6 +46,10 @@ class MemorySnapshot:
 #: Where an array keeps what was read of it, which goes with it. An attribute, since a lookup by ``id()`` takes longer
 #: than all the sums once an audit hook is set, as filelock does when jax imports it.
 _SHARDS = "_kvcycle_shards"
+#: And its single-device views by identity. They are kept with it: while they live, no other array has their identity.
+_VIEWS = "_kvcycle_views"
+#: What ``id()`` says, in other words of which no audit hook hears.
+_identity = object.__hash__
 
 
 def shards_of(array: jax.Array) -> _Shards:
@@ -75,10 +79,13 @@ def _read(array: jax.Array) -> _Shards:
             place, size = _entry(device, array)
             return ((place, size // len(array.sharding.device_set)),)  # which counts as often as there are devices
         shards = []
+        views: dict[int, jax.Array] = {}
         for shard in array.addressable_shards:
             shards.append(_entry(shard.device, shard.data))
             # jax keeps this view alive and lists it: it need not be asked once more.
             setattr(shard.data, _SHARDS, (shards[-1],))
+            views[_identity(shard.data)] = shard.data
+        setattr(array, _VIEWS, views)
         return tuple(shards)
     except (RuntimeError, TypeError) as error:
         # Another thread deleted or donated it since live_arrays() listed it: it is no longer in use. A donation
@@ -130,9 +137,19 @@ def snapshot(
         # Ordered so that a whole array is met before the single-device views that reading its shards leaves alive: then
         # the largest unowned arrays are named whole. The sums are the same in any order.
         live.sort(key=lambda array: -len(array.sharding.device_set))
+    else:
+        live.reverse()  # oldest first: there too, an array comes before its views
+    # Most live arrays are views. Nothing of one whose array was counted is touched: where neighbours share the
+    # processor's caches, touching is what takes the time.
+    views: set[int] = set()
     for array in live:
+        if views and _identity(array) in views:
+            continue
         unowned_bytes = 0
-        for place, size in shards_of(array):
+        shards = shards_of(array)
+        if len(shards) > 1:
+            views.update(getattr(array, _VIEWS))
+        for place, size in shards:
             if place in counted or not size or (on_device := use.get(place[0])) is None:
                 continue
             counted.add(place)

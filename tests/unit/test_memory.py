@@ -179,6 +179,27 @@ def test_an_array_is_read_once_and_its_views_with_it(mesh: Mesh, monkeypatch: py
     assert [shards_of(shard.data) for shard in array.addressable_shards] == [(shard,) for shard in shards]
 
 
+def test_a_view_is_passed_over_with_its_array_and_counts_alone(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot()
+    array = put(mesh, 4000, "x")
+    snapshot()
+    view = array.addressable_shards[1].data
+    asked: list[jax.Array] = []
+
+    def ask(array: jax.Array) -> object:
+        asked.append(array)
+        return shards_of(array)
+
+    monkeypatch.setattr(memory, "shards_of", ask)
+    assert growth(before, snapshot()) == dict.fromkeys(range(4), 1000)
+    assert any(array is one for one in asked)
+    assert not any(view is one for one in asked)
+    asked.clear()
+    del array
+    assert growth(before, snapshot()) == {0: 0, 1: 1000, 2: 0, 3: 0}
+    assert any(view is one for one in asked)
+
+
 def test_what_was_read_of_an_array_goes_with_it(mesh: Mesh) -> None:
     array = put(mesh, 4000, "x")
     shards_of(array)
