@@ -21,6 +21,8 @@ class Sizes:
     sessions: dict[PageState, int]
     #: Rounds on each of them. What has a target gets eight or more: the interval then leaves the outermost pair out.
     rounds: dict[PageState, int]
+    #: Of them, those in which a fresh jit is taken too, which takes longer than all other ways together.
+    jit_rounds: int
     arrays: tuple[int, ...]
     arrays_by_device: int
     devices: tuple[int, ...]
@@ -47,13 +49,14 @@ SIZES: dict[Scale, Sizes] = {
         layers=36,
         tokens=32768,
         sessions={"default": 5, "mapped": 1, "fresh": 1, "huge": 1},
-        rounds={"default": 3, "mapped": 8, "fresh": 5, "huge": 5},
+        rounds={"default": 6, "mapped": 8, "fresh": 5, "huge": 5},
+        jit_rounds=2,
         arrays=(100, 1_000, 10_000, 100_000),
         arrays_by_device=1_000,
         devices=(1, 2, 4, 8, 16),
         snapshot_rounds=5,
         snapshot_target_rounds=30,
-        snapshot_largest_rounds=3,
+        snapshot_largest_rounds=2,
         kv_bytes=tuple(64 * MIB * 2**n for n in range(7)),
         kv_layers=(4, 10, 20, 40, 80),
         kv_fixed_bytes=512 * MIB,
@@ -69,6 +72,7 @@ SIZES: dict[Scale, Sizes] = {
         tokens=256,
         sessions={"default": 2, "mapped": 1, "fresh": 1, "huge": 1},
         rounds={"default": 2, "mapped": 2, "fresh": 2, "huge": 2},
+        jit_rounds=1,
         arrays=(10, 100),
         arrays_by_device=10,
         devices=(1, 2),

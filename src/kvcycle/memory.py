@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import psutil
 
+from kvcycle.collecting import no_collections
 from kvcycle.record import OWNERS, DeviceUse, Owner
 
 #: Where a shard's buffer is: (device id, address).
@@ -46,8 +47,6 @@ class MemorySnapshot:
 #: Where an array keeps what was read of it, which goes with it. An attribute, since a lookup by ``id()`` takes longer
 #: than all the sums once an audit hook is set, as filelock does when jax imports it.
 _SHARDS = "_kvcycle_shards"
-#: And its single-device views by identity. They are kept with it: while they live, no other array has their identity.
-_VIEWS = "_kvcycle_views"
 #: What ``id()`` says, in other words of which no audit hook hears.
 _identity = object.__hash__
 
@@ -68,7 +67,7 @@ def shards_of(array: jax.Array) -> _Shards:
 
 def _read(array: jax.Array) -> _Shards:
     try:
-        if _in_host_memory(array):
+        if _in_host_memory(array) or not _is_listed(array):
             return ()
         array.block_until_ready()
         local = array.sharding.addressable_devices
@@ -78,21 +77,23 @@ def _read(array: jax.Array) -> _Shards:
             (device,) = local
             place, size = _entry(device, array)
             return ((place, size // len(array.sharding.device_set)),)  # which counts as often as there are devices
-        shards = []
-        views: dict[int, jax.Array] = {}
-        for shard in array.addressable_shards:
-            shards.append(_entry(shard.device, shard.data))
-            # jax keeps this view alive and lists it: it need not be asked once more.
-            setattr(shard.data, _SHARDS, (shards[-1],))
-            views[_identity(shard.data)] = shard.data
-        setattr(array, _VIEWS, views)
-        return tuple(shards)
+        return tuple(_entry(shard.device, shard.data) for shard in _alias(array).addressable_shards)
     except (RuntimeError, TypeError) as error:
         # Another thread deleted or donated it since live_arrays() listed it: it is no longer in use. A donation
         # marks the shards' buffers a moment before the array, and a deletion inside jax itself is a TypeError.
         if array.is_deleted() or "deleted or donated" in str(error):
             return ()
         raise
+
+
+def _alias(array: Any) -> jax.Array:
+    """Another array of the same buffers, whose single-device views go with it; where jax makes none, the array itself.
+
+    The array's own views would stay for as long as it lives, and be listed: on four devices four of five live arrays
+    would be views, each to be looked at in every snapshot.
+    """
+    alias: jax.Array = array.clone() if hasattr(array, "clone") else array
+    return alias
 
 
 def _entry(device: jax.Device, view: jax.Array) -> tuple[_Place, int]:
@@ -106,6 +107,40 @@ def _in_host_memory(array: jax.Array) -> bool:
         return False
     device: Any = next(iter(array.sharding.device_set))  # default_memory() is missing from its stub
     return bool(kind != device.default_memory().kind)
+
+
+def _is_listed(array: jax.Array) -> bool:
+    """Whether ``jax.live_arrays()`` lists it: not where the devices are another platform's, whose ids are the same."""
+    device: Any = next(iter(array.sharding.addressable_devices))
+    return bool(device.platform == jax.default_backend())
+
+
+class _Tally:
+    """Bytes by device and owner, each buffer once, of the arrays that are added; who comes first owns a shared one."""
+
+    def __init__(self, devices: Iterable[jax.Device], largest: int) -> None:
+        self.use: dict[int, dict[Owner, int]] = {device.id: dict.fromkeys(OWNERS, 0) for device in devices}
+        #: Identities of arrays that were added.
+        self.seen: set[int] = set()
+        #: Sizes of unowned arrays by their description, if any are to be named.
+        self.unowned: dict[str, list[int]] = {}
+        self._named = largest > 0
+        self._added: list[jax.Array] = []  # kept meanwhile, so that their identities are theirs
+        self._counted: set[_Place] = set()
+
+    def add(self, array: jax.Array, owner: Owner) -> None:
+        shards, counted, use = shards_of(array), self._counted, self.use
+        self._added.append(array)
+        self.seen.add(_identity(array))
+        added_bytes = 0
+        for place, size in shards:
+            if place in counted or not size or (on_device := use.get(place[0])) is None:
+                continue
+            counted.add(place)
+            on_device[owner] += size
+            added_bytes += size
+        if self._named and added_bytes and owner == "other":
+            self.unowned.setdefault(f"{array.dtype}{list(array.shape)}", []).append(added_bytes)
 
 
 def snapshot(
@@ -123,42 +158,20 @@ def snapshot(
         largest: how many kinds (dtype and shape) of unowned arrays to name, those that hold most first.
     """
     local = list(devices) if devices is not None else jax.local_devices()
-    owner_of: dict[_Place, Owner] = {}
-    for owner, arrays in (owners or {}).items():
-        for array in arrays:
-            for place, size in shards_of(array):
-                if size:
-                    owner_of.setdefault(place, owner)
-    use: dict[int, dict[Owner, int]] = {device.id: dict.fromkeys(OWNERS, 0) for device in local}
-    counted: set[_Place] = set()
-    unowned: dict[str, list[int]] = {}
-    live = jax.live_arrays()
-    if largest:
-        # Ordered so that a whole array is met before the single-device views that reading its shards leaves alive: then
-        # the largest unowned arrays are named whole. The sums are the same in any order.
-        live.sort(key=lambda array: -len(array.sharding.device_set))
-    else:
-        live.reverse()  # oldest first: there too, an array comes before its views
-    # Most live arrays are views. Nothing of one whose array was counted is touched: where neighbours share the
-    # processor's caches, touching is what takes the time.
-    views: set[int] = set()
-    for array in live:
-        if views and _identity(array) in views:
-            continue
-        unowned_bytes = 0
-        shards = shards_of(array)
-        if len(shards) > 1:
-            views.update(getattr(array, _VIEWS))
-        for place, size in shards:
-            if place in counted or not size or (on_device := use.get(place[0])) is None:
-                continue
-            counted.add(place)
-            owner = owner_of.get(place, "other")
-            on_device[owner] += size
-            if owner == "other":
-                unowned_bytes += size
-        if largest and unowned_bytes:
-            unowned.setdefault(f"{array.dtype}{list(array.shape)}", []).append(unowned_bytes)
+    with no_collections():
+        tally = _Tally(local, largest)
+        for owner, arrays in (owners or {}).items():
+            for array in arrays:
+                tally.add(array, owner)
+        live = jax.live_arrays()
+        if largest:
+            # A whole array before single-device views of it: then the largest unowned arrays are named whole. The sums
+            # are the same in any order.
+            live.sort(key=lambda array: -len(array.sharding.device_set))
+        for array in live:
+            if _identity(array) not in tally.seen:
+                tally.add(array, "other")
+    use = tally.use
     return MemorySnapshot(
         t_s=time.perf_counter(),
         devices=tuple(
@@ -171,7 +184,7 @@ def snapshot(
             for device in local
         ),
         rss_bytes=rss_bytes(),
-        largest_other=_largest(unowned, largest),
+        largest_other=_largest(tally.unowned, largest),
     )
 
 
