@@ -1,8 +1,4 @@
-"""What the suite adds to a generation: its guards' own time, beside a generation of the engine as it was.
-
-On virtual devices it lets malloc keep what a forward's temporaries need from step to step. What that saves is measured
-too, against every large allocation as a mapping of its own, whose pages are new every time.
-"""
+"""What the suite adds to a generation: its guards' own time, beside a generation of the engine as it was."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from benchmarks.measure import Way, in_turn, load, seconds_of
 from benchmarks.results import Figure, Scenario, Target
 from benchmarks.sizes import Sizes
 from benchmarks.stats import ratios
-from kvcycle import compiles, inband, internals, platform
+from kvcycle import compiles, inband, internals
 from kvcycle.generate import generate_once
 from kvcycle.profile import Profile
 from kvcycle.weights import Weights
@@ -64,14 +60,7 @@ def run(sizes: Sizes) -> Scenario:
             def guarded() -> float:
                 return seconds_of(lambda: generate_once(engine, profile, "warm", 0))
 
-            def mapped() -> float:
-                platform.map_large_allocations()
-                try:
-                    return bare()
-                finally:
-                    platform.keep_large_allocations()
-
-            ways: dict[str, Way] = {"guarded": guarded, "bare": bare, "mapped": mapped}
+            ways: dict[str, Way] = {"guarded": guarded, "bare": bare}
             in_turn(ways, 2)
             replays = [_generate_once(engine, profile), *attachment.replays(guarded)]
             own = {replay.name: list[float]() for replay in replays}
@@ -107,7 +96,6 @@ def figures(found: Mapping[str, Sequence[float]], calls: int) -> tuple[Figure, .
         ),
         # Two generations, which vary by more than the guards take: for looking at.
         Figure(name="generation with guards ÷ without", unit="x", rounds=ratios(found["guarded"], found["bare"])),
-        Figure(name="large allocations mapped ÷ kept", unit="x", rounds=ratios(found["mapped"], found["bare"])),
     )
 
 

@@ -54,7 +54,7 @@ def judged(replays: list[Replay], repeat: int) -> Outcome | None:
     """The outcome of eight rounds of a generation with these guards."""
     own = [sum(replay.own_s(repeat) for replay in replays) for _ in range(8)]
     same = [GENERATION_S] * 8
-    found = overhead.figures({"bare": same, "guarded": same, "mapped": same, "own": own}, CALLS)
+    found = overhead.figures({"bare": same, "guarded": same, "own": own}, CALLS)
     judged = [figure for figure in found if figure.target]
     assert [figure.name for figure in judged] == ["generation + guards' own time ÷ generation"]
     return judged[0].outcome(0.0)
