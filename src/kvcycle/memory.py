@@ -89,10 +89,12 @@ def _read(array: jax.Array) -> _Shards:
 def _alias(array: Any) -> jax.Array:
     """Another array of the same buffers, whose single-device views go with it; where jax makes none, the array itself.
 
+    It makes none of an array over several hosts.
+
     The array's own views would stay for as long as it lives, and be listed: on four devices four of five live arrays
     would be views, each to be looked at in every snapshot.
     """
-    alias: jax.Array = array.clone() if hasattr(array, "clone") else array
+    alias: jax.Array = array.clone() if hasattr(array, "clone") and array.is_fully_addressable else array
     return alias
 
 

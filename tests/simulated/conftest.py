@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -13,11 +14,14 @@ from typing import Any
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
 
 import kvcycle
+from kvcycle.faults.campaign import Campaign, Result
 from kvcycle.generate import generate_once
 from kvcycle.profile import Profile
 from kvcycle.record import Generate
+from kvcycle.report.faults import show_matrix, summary
 
 #: jax's own name of it; the engine reads the variable at its boot.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -135,3 +139,19 @@ def guarded(project_root: Path) -> Guarded:
         return subprocess.CompletedProcess(command, process.returncode, output)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def campaign(live_engine: Any, tiny: kvcycle.Profile, cold: Generate, compiling_anew: None) -> Campaign:
+    """Asks for the first generation although it makes its own: other tests count on that it came first."""
+    return Campaign(live_engine, tiny)
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[list[Result]]:
+    """What became of the faults so far; printed as the matrix when all have run (pytest -s)."""
+    collected: list[Result] = []
+    yield collected
+    buffer = io.StringIO()
+    show_matrix(collected, Console(file=buffer, width=110, highlight=False))
+    print(buffer.getvalue(), summary(collected)[0], sep="")

@@ -107,7 +107,7 @@ def test_an_allocation_that_fails_in_the_boot_is_the_engines_last_word(suite: Su
             kvcycle.host_memory.free_bytes = lambda: 2**40
             resource.setrlimit(resource.RLIMIT_AS, (5 * 2**30, 5 * 2**30))
         """,
-        keys=("engine.max_total_tokens=1000000",),
+        keys=("engine.max_total_tokens=2000000",),  # 4 GiB
     )
     assert_one_error_and_the_rest_skip(ended, "The engine did not boot. Its last words: ", "RESOURCE_EXHAUSTED")
 

@@ -199,8 +199,12 @@ def test_a_view_is_counted_with_its_array_and_alone(mesh: Mesh, monkeypatch: pyt
     assert view.nbytes == 1000
 
 
-def test_an_array_that_jax_does_not_alias_is_read_itself() -> None:
-    array = SimpleNamespace()
+@pytest.mark.parametrize("over_several_hosts", [True, False])
+def test_an_array_that_jax_does_not_alias_is_read_itself(over_several_hosts: bool) -> None:
+    def clone() -> None:
+        raise ValueError("Cannot copy array to non-addressable device cpu:0")
+
+    array = SimpleNamespace(is_fully_addressable=False, clone=clone) if over_several_hosts else SimpleNamespace()
     assert memory._alias(array) is cast(jax.Array, array)
 
 
