@@ -8,11 +8,17 @@ from typing import get_args
 from kvcycle.faults.campaign import CATALOGUE
 from kvcycle.faults.catalogue import Fault, Run
 
+#: By file: what a fault needs of the run that it is planted into.
 _BYTES: tuple[Run, ...] = ("bytes", "cycles", "allocator")
+_GENERATING: tuple[Run, ...] = ("generate", "cold", "recompile")
+_WEIGHTS: tuple[Run, ...] = ("weights", "soak")
 
-#: Those that need no generation, and the others.
-IN_BYTES = [fault for fault in CATALOGUE if fault.run in _BYTES]
-GENERATING = [fault for fault in CATALOGUE if fault.run not in _BYTES]
+
+def _planted_into(runs: Sequence[Run]) -> list[Fault]:
+    return [fault for fault in CATALOGUE if fault.run in runs]
+
+
+IN_BYTES, GENERATING, WEIGHTS = _planted_into(_BYTES), _planted_into(_GENERATING), _planted_into(_WEIGHTS)
 
 
 def controls_of(faults: Sequence[Fault]) -> list[Run]:

@@ -1,6 +1,6 @@
 """The faults that show in the bytes, planted into the shared live engine: each is caught, and nothing else is accused.
 
-Those that show when generation goes on, or with the weights, are test_faults_generating.py's.
+Those that show when generation goes on are test_faults_generating.py's, and test_faults_weights.py's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from kvcycle.checks import CHECKS
 from kvcycle.faults.campaign import CATALOGUE, Campaign, Result
 from kvcycle.faults.catalogue import Fault, Run
 from kvcycle.report.faults import why_not
-from tests.simulated.faulted import IN_BYTES, controls_of
+from tests.simulated.faulted import GENERATING, IN_BYTES, WEIGHTS, controls_of
 
 
 @pytest.mark.parametrize("run", controls_of(IN_BYTES))
@@ -30,3 +30,8 @@ def test_every_check_is_turned_red_by_a_fault() -> None:
     covered = {check for fault in CATALOGUE for check in fault.red}
     assert covered == set(CHECKS)
     assert len(CATALOGUE) >= 32
+
+
+def test_three_files_plant_the_whole_catalogue() -> None:
+    planted = [*IN_BYTES, *GENERATING, *WEIGHTS]
+    assert sorted(fault.id for fault in planted) == sorted(fault.id for fault in CATALOGUE)
