@@ -85,7 +85,7 @@ class _Ways:
         if self.pages != "huge":
             ways["own loop"] = self.own_loop
         slow: dict[str, Way] = {} if self.region is None else {"fresh jit": self.fresh_jit}
-        in_turn(ways | slow, 1)
+        in_turn(ways, 1)  # fresh jits are never warm
         for noted in (self.drops, self.deletes, self.unmaps, self.faults, self.user_s, self.system_s):
             noted.clear()
         self.seconds = in_turn(ways | slow, jit_rounds)
