@@ -135,7 +135,7 @@ def large_allocations_mapped() -> Iterator[None]:
     if not _kept:
         yield
         return
-    map_large_allocations()
+    _set(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
     try:
         yield
     finally:
