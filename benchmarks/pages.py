@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -40,11 +42,19 @@ class Region:
         self._size_bytes = size_bytes
         # By two bytes, as bfloat16: numpy writes them with plain stores.
         self._elements: np.ndarray[tuple[int, ...], np.dtype[np.uint16]] | None = np.frombuffer(self._map, np.uint16)
+        self._cores = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
     def fill(self) -> None:
         """Write every byte with plain stores: what any loop over the elements must do."""
         if self._elements is not None:
             self._elements.fill(0)
+
+    def fill_by_every_core(self) -> None:
+        """The same with a thread on every core, an equal share each: no way that uses plain stores can be faster."""
+        if self._elements is not None:
+            shares = np.array_split(self._elements, len(os.sched_getaffinity(0)))
+            for _ in self._cores.map(lambda share: share.fill(0), shares):
+                pass
 
     def memset(self) -> None:
         """Write every byte as the C library does, which on some processors need not read what it overwrites."""
@@ -53,6 +63,7 @@ class Region:
 
     def unmap(self) -> None:
         """Give it back to the system."""
+        self._cores.shutdown()  # its threads hold no share by then
         self._elements = None
         self._map.close()
 

@@ -19,10 +19,22 @@ class _Part(BaseModel):
 
 
 class Target(_Part):
-    """What a figure should reach."""
+    """What a figure should reach.
+
+    Attributes:
+        sense: on which side of the limit.
+        limit: in the figure's unit.
+        best: what the figure would have been in each round, had nothing but the machine limited it; empty where nobody
+            knows. A target that lies beyond is out of reach on that machine.
+    """
 
     sense: Sense
     limit: float
+    best: tuple[float, ...] = ()
+
+    def is_out_of_reach(self) -> bool:
+        """Whether even the best would miss it."""
+        return bool(self.best) and outcome(interval(self.best), self.sense, self.limit) == "missed"
 
 
 class Figure(_Part):
@@ -46,7 +58,8 @@ class Figure(_Part):
             return "met" if max(self.rounds) <= self.target.limit else "missed"
         if others_share > QUIET:
             return "not resolved"
-        return outcome(self.interval, self.target.sense, self.target.limit, confidence=CONFIDENCE)
+        found = outcome(self.interval, self.target.sense, self.target.limit, confidence=CONFIDENCE)
+        return "out of reach" if found != "met" and self.target.is_out_of_reach() else found
 
 
 class Point(_Part):

@@ -11,7 +11,7 @@ from typing import Literal
 #: How often an interval must contain the true median, over many runs.
 CONFIDENCE = 0.9
 
-Outcome = Literal["met", "missed", "not resolved"]
+Outcome = Literal["met", "missed", "not resolved", "out of reach"]
 Sense = Literal["at most", "at least"]
 
 

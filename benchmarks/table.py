@@ -12,7 +12,7 @@ from rich.text import Text
 from benchmarks.results import QUIET, Curve, Report, Scenario, Target
 from benchmarks.stats import Outcome
 
-_STYLE: dict[Outcome, str] = {"met": "green", "missed": "bold red", "not resolved": "yellow"}
+_STYLE: dict[Outcome, str] = {"met": "green", "missed": "bold red", "not resolved": "yellow", "out of reach": "cyan"}
 _UNITS = {"x": " x", "ms": " ms", "s": " s", "%": " %", "compilations": "", "calls": ""}
 
 
@@ -37,14 +37,17 @@ def show(report: Report, console: Console) -> None:
 
 
 def summary(report: Report) -> str:
-    """How many targets are met, missed and open, and what each open one needs."""
+    """How many targets are met, missed, open and out of reach, and what an open one needs."""
     counts = Counter(report.outcomes())
     if not counts:
         return "No target was measured."
     line = ", ".join(f"{counts[outcome]} {outcome}" for outcome in _STYLE if counts[outcome])
+    why = []
     if counts["not resolved"]:
-        line += ": where it says so the rounds lie on both sides of the target, or the machine was not quiet; run again"
-    return f"{line}."
+        why.append("not resolved: the rounds lie on both sides of the target, or the machine was not quiet; run again")
+    if counts["out of reach"]:
+        why.append("out of reach: on this machine all cores together could not do it, whatever the software")
+    return ". ".join([line, *(word[0].upper() + word[1:] for word in why)]) + "."
 
 
 def _figures(scenario: Scenario) -> Table:

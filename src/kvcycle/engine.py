@@ -54,7 +54,7 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
 
     import jax
 
-    from kvcycle import capacity, compiles, inband, internals, memory, versions
+    from kvcycle import capacity, compiles, inband, internals, memory
     from kvcycle.containment import Containment
 
     if chosen == "cpu":
@@ -91,7 +91,7 @@ def boot(profile: Profile, platform: Platform | None = None) -> BootedEngine:
         if chosen == "cpu" and channel.hosts.is_first:  # the others wait for its messages
             internals.rest_when_idle(channel.scheduler)
         jax.block_until_ready(internals.weight_leaves(engine))
-    if chosen == "cpu" and versions.forwards_write_in_place(versions.installed()):
+    if chosen == "cpu":
         platforms.keep_large_allocations()
     evidence = Boot(seconds=seconds, before=before, after=memory.snapshot().devices, compiles=span.end())
     setattr(engine, _EVIDENCE, evidence)

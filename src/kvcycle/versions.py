@@ -53,8 +53,3 @@ def installed() -> str | None:
 def has(part: Part, version: str | None) -> bool:
     """Whether a version has the part, by the table; one that the table does not know has all that the newest has."""
     return version not in part.absent_from
-
-
-def forwards_write_in_place(version: str | None) -> bool:
-    """Whether on virtual devices a forward writes into the KV cache that it is given; jax 0.8.1 makes a new one."""
-    return version not in OLDER

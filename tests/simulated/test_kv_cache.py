@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import kvcycle
@@ -65,6 +66,32 @@ def test_rebuild_compiles_nothing_and_yields_zeros(kv: kvcycle.KVCache, generate
         kv.rebuild()
     assert span.compiles.model_dump() == {"trace": 0, "lower": 0, "backend": 0, "cache_hits": 0}
     assert kv.nonzero_slots() == []
+
+
+def addresses(arrays: Iterable[Any]) -> list[int]:
+    """Where they lie in memory, device by device; read through aliases, so that no view of theirs stays."""
+    aliases = [array.clone() for array in arrays]
+    return [shard.data.unsafe_buffer_pointer() for alias in aliases for shard in alias.addressable_shards]
+
+
+def test_no_forward_moves_the_buffers(
+    kv: kvcycle.KVCache, generate: Callable[[], Generate], live_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = internals.scheduler_of(live_engine).tp_worker
+    worker = getattr(client, "worker", client)
+    forward, after_each_step = worker.forward_batch_generation, [addresses(kv.arrays())]
+
+    def then_look(*arguments: Any, **further: Any) -> Any:
+        result = forward(*arguments, **further)
+        after_each_step.append(addresses(kv.arrays()))
+        return result
+
+    monkeypatch.setattr(worker, "forward_batch_generation", then_look)
+    generate()
+    assert len(after_each_step) > 8
+    assert all(after == after_each_step[0] for after in after_each_step)
+    copies = addresses(jnp.copy(array) for array in kv.arrays())
+    assert not set(copies) & set(after_each_step[0]), "the control: a copy lies elsewhere"
 
 
 def test_specs_and_owners_survive(kv: kvcycle.KVCache, live_engine: Any) -> None:

@@ -78,6 +78,27 @@ def test_a_noisy_run_is_no_result(rounds: tuple[float, ...], others: float, expe
     assert ("NOT A RESULT: others took 6% of the cores meanwhile (limit 5%)." in text) == (others > QUIET)
 
 
+@pytest.mark.parametrize(
+    ("rounds", "best", "expected"),
+    [
+        (MISSED, (2.0,) * 8, "out of reach"),
+        (STRADDLING, (2.0,) * 8, "out of reach"),
+        (MISSED, (1.0,) * 8, "missed"),
+        (MISSED, (1.0,) * 4 + (2.0,) * 4, "missed"),  # whether the best would do is not resolved
+        (MISSED, (2.0,) * 3, "missed"),  # too few rounds to say so
+        (MISSED, (), "missed"),
+        (MET, (2.0,) * 8, "met"),
+    ],
+)
+def test_a_target_that_the_machine_itself_misses_is_out_of_reach(
+    rounds: tuple[float, ...], best: tuple[float, ...], expected: Outcome
+) -> None:
+    figure = Figure(name="x", unit="x", rounds=rounds, target=Target(sense="at most", limit=1.5, best=best))
+    assert figure.outcome(0.0) == expected
+    found = report(scenario(*MET).model_copy(update={"figures": (figure,)}))
+    assert ("all cores together could not do it" in table.summary(found)) == (expected == "out of reach")
+
+
 def test_one_compilation_in_one_round_misses_however_noisy_the_run_was() -> None:
     none = Figure(name="compilations", unit="compilations", rounds=(0,) * 9, target=Target(sense="at most", limit=0))
     assert none.outcome(0.9) == "met"

@@ -78,9 +78,3 @@ def test_a_part_is_named_as_python_writes_it() -> None:
         "`MLATokenToKVPool(indexer_key_dim=…)`", "`speculative.relay_buffer`", "`ServerArgs(hicache_storage=…)`",
         "`disaggregation`",
     ]  # fmt: skip
-
-
-def test_forwards_of_the_older_stacks_make_a_new_cache() -> None:
-    assert versions.forwards_write_in_place(NEWEST)
-    assert versions.forwards_write_in_place(None)
-    assert not any(versions.forwards_write_in_place(version) for version in OLDER)
