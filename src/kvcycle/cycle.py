@@ -46,7 +46,7 @@ from kvcycle.record import (
     now,
 )
 from kvcycle.record_info import DropInfo, Params2Info, PhaseInfo, RebuildInfo, WeightsReleasedInfo, WeightsResumedInfo
-from kvcycle.settling import settle
+from kvcycle.settling import leave_room_for_names, settle
 from kvcycle.sizing import KVPrediction
 from kvcycle.spending import spending
 from kvcycle.text import exact_bytes, seconds
@@ -126,6 +126,7 @@ class _Run:
 
     def run(self) -> Record:
         """Everything, in order."""
+        leave_room_for_names()
         with few_objects_to_collect():
             return self._run()
 

@@ -208,7 +208,8 @@ class Channel:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                return pending.future.result(timeout=_POLL_S)
+                left_s = deadline - time.monotonic()
+                return pending.future.result(timeout=min(left_s, _POLL_S) if left_s > 0 else _POLL_S)
             except FutureTimeoutError:
                 if pending.future.done():
                     return pending.future.result()

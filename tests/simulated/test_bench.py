@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.rebuild import MOST_WARM_ROUNDS
 from benchmarks.results import Report
 from benchmarks.sizes import SIZES
 
@@ -27,10 +28,12 @@ def test_every_kind_of_scenario_runs(guarded: Guarded, tmp_path: Path) -> None:
     assert tuple(scenario.name for scenario in report.scenarios) == _NAMES
     figures = {figure.name: figure for scenario in report.scenarios for figure in scenario.figures}
     sizes = SIZES["small"]
-    # The engine's first rebuild, the one that does not count, and the rounds; and the control of the same counter.
-    assert figures["compilations in a rebuild"].rounds == (0,) * (2 + sizes.rounds["mapped"])
-    assert figures["the same counter, fresh jits"].rounds == (sizes.layers,)
+    # The engine's first rebuild, those that do not count, and the rounds.
+    rebuilds = figures["compilations in a rebuild"].rounds
+    assert set(rebuilds) == {0}
+    assert 2 + sizes.rounds["mapped"] <= len(rebuilds) <= 1 + MOST_WARM_ROUNDS + sizes.rounds["mapped"]
     assert figures["pages mapped anew by a rebuild"].rounds[-1] < 10
+    assert figures["the same counter, fresh jits"].rounds == (sizes.layers,)
     overhead = report.scenarios[-1]
     # generate_once(), the request's wrapper, and for each token one batch whose arrays are copied.
     assert figures["guards: calls in one generation"].rounds[0] >= 2 + 2 * sizes.new_tokens

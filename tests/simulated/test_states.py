@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,8 +66,39 @@ class Streamed:
     tokens: list[Tokens]
 
 
-def in_flight[T](engine: Any, meanwhile: Callable[[], Awaitable[T]]) -> tuple[Streamed, T]:
-    """Stream all prompts at once; when each has begun and none has ended do ``meanwhile``; read them to the end."""
+@contextmanager
+def held_after_two_tokens(engine: Any, messages: int) -> Iterator[threading.Event]:
+    """Let no forward go on when every prompt has two tokens, until that many messages were sent to the scheduler.
+
+    Or until the event is set. However slow this process's other threads are, no request ends before.
+    """
+    scheduler, channel = internals.scheduler_of(engine), inband.channel_of(engine)
+    worker = getattr(scheduler.tp_worker, "worker", scheduler.tp_worker)
+    forward, send, sent, go_on = worker.forward_batch_generation, channel.send, [], threading.Event()
+
+    def hold(*arguments: Any, **further: Any) -> Any:
+        running = internals._running_requests(scheduler)
+        if [len(request.output_ids) >= 2 for request in running] == [True] * len(PROMPTS):
+            assert go_on.wait(BUSY_S)
+        return forward(*arguments, **further)
+
+    def send_and_count(pending: inband.Pending) -> None:
+        send(pending)
+        sent.append(pending)
+        if len(sent) == messages:
+            go_on.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "forward_batch_generation", hold)
+        patch.setattr(channel, "send", send_and_count)
+        yield go_on
+
+
+def in_flight[T](engine: Any, meanwhile: Callable[[], Awaitable[T]], messages: int = 1) -> tuple[Streamed, T]:
+    """Stream all prompts at once; when each has begun do ``meanwhile``; read them to the end.
+
+    None ends before ``meanwhile`` has sent so many ``messages``, or is done.
+    """
 
     async def run() -> tuple[Streamed, T]:
         events = [asyncio.Event() for _ in PROMPTS]
@@ -76,12 +108,14 @@ def in_flight[T](engine: Any, meanwhile: Callable[[], Awaitable[T]]) -> tuple[St
         requests = {request.rid: request for request in internals._running_requests(internals.scheduler_of(engine))}
         assert len(requests) == len(PROMPTS)
         result = await meanwhile()
+        go_on.set()
         ends = await asyncio.wait_for(asyncio.gather(*streams), BUSY_S)
         ids = [end["id"] for end in ends]
         tokens = [list(requests[request_id].output_ids) for request_id in ids]
         return Streamed(ids, {end["finish_reason"]["type"] for end in ends}, tokens), result
 
-    return engine.loop.run_until_complete(run())  # type: ignore[no-any-return]  # the engine has no types
+    with held_after_two_tokens(engine, messages) as go_on:
+        return engine.loop.run_until_complete(run())  # type: ignore[no-any-return]  # the engine has no types
 
 
 def test_no_batch_reads_host_memory_that_the_next_one_overwrites(
@@ -143,7 +177,7 @@ def test_a_drop_that_has_waited_long_enough_refuses(kv: kvcycle.KVCache, live_en
             await asyncio.to_thread(kv.drop, wait_s=0.01)
         return refusal.value
 
-    in_flight(live_engine, wait)
+    in_flight(live_engine, wait, messages=2)  # it sends one: the time is up while nothing goes on
     assert kv.state == "resident"
 
 
@@ -209,7 +243,7 @@ def test_a_drop_waits_before_it_retracts(kv: kvcycle.KVCache, live_engine: Any, 
         await asyncio.to_thread(kv.rebuild)
         return freed
 
-    answers, freed = in_flight(live_engine, wait_then_retract)
+    answers, freed = in_flight(live_engine, wait_then_retract, messages=2)  # the one that is withdrawn, and its own
     assert len(freed.retracted) == 3
     assert answers.tokens == undisturbed
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -116,3 +118,30 @@ def test_another_threads_collection_is_waited_for(monkeypatch: pytest.MonkeyPatc
     settling.collect_garbage()
     assert garbage() is None
     assert len(asked) >= 3
+
+
+_NAMES = """
+import sys
+
+import psutil
+
+from kvcycle.settling import leave_room_for_names
+
+kept = [sys.intern(f"a name {number}") for number in range(100_000)]
+if "room" in sys.argv:
+    leave_room_for_names()
+process, steps = psutil.Process(), 0
+for number in range(200_000):
+    if number % 100 == 0:
+        before = process.memory_info().rss
+    sys.intern(f"another name {number}")  # gone at once, and its place is not used again
+    if number % 100 == 99:
+        steps += process.memory_info().rss - before > 1_500_000  # the table, and not the hundred
+print(steps)
+"""
+
+
+@pytest.mark.parametrize(("argument", "steps"), [("as it is", "1"), ("room", "0")])
+def test_the_table_of_names_grows_before_the_first_sample(argument: str, steps: str) -> None:
+    done = subprocess.run([sys.executable, "-c", _NAMES, argument], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [steps]
