@@ -36,9 +36,10 @@ soak: $(STAMP) ## Run CYCLES=1000 cycles on one engine (tiny model, virtual CPU 
 bench: $(STAMP) ## Measure the rebuild, and what the suite costs, as ratios (about 10 minutes; keep the machine quiet)
 	$(BIN)/python scripts/guard.py $(BIN)/python -m benchmarks $(ARGS)
 
-# A worker's own threads would have a heap each, of which the end cannot be given back (see platform.py).
+# A worker's own threads would have a heap each, of which the end cannot be given back (see platform.py). Bytecode is
+# written, whatever the environment says: a hundred processes would otherwise compile the same modules.
 test: lint ## Lint, check types and run every test that needs no TPU
-	MALLOC_ARENA_MAX=1 $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not tpu and not long" \
+	MALLOC_ARENA_MAX=1 PYTHONDONTWRITEBYTECODE= $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not tpu and not long" \
 		--junitxml=reports/tests$(VENV:.venv%=%)/junit.xml $(ARGS)
 
 matrix: $(STAMP) ## Boot an engine for every cell of docs/compatibility.md at engine level: some minutes

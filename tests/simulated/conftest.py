@@ -25,12 +25,16 @@ from kvcycle.report.faults import show_matrix, summary
 
 #: jax's own name of it; the engine reads the variable at its boot.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
+_CACHE_BYTES = 2**34
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of what was compiled."""
-    return tmp_path_factory.mktemp("compiled")
+    """The folder of what was compiled, one for all workers of the session."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,6 +47,9 @@ def compiled_once(compiled: Path) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE, str(compiled))
+        # With a limit jax locks the folder, in which other workers write too. This process has read its variables.
+        patch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", str(_CACHE_BYTES))
+        jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
         # A suite in a process of its own is no worker of this session; pytest-benchmark would take it for one.
         for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
             patch.delenv(name)
