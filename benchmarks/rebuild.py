@@ -22,6 +22,8 @@ from kvcycle.buffers import delete
 from kvcycle.text import exact_bytes
 
 _PAGE_BYTES = 4096
+#: The states in which a rebuild is held against the limit, memory that is mapped already.
+_LIMITED: tuple[PageState, ...] = ("default", "mapped")
 _ONE = " by one thread"
 #: Rounds that do not count, at most, until one finds every page mapped, and what a round may map all the same.
 MOST_WARM_ROUNDS, _FEW_PAGES = 8, 0.01
@@ -32,15 +34,20 @@ def run(sizes: Sizes, pages: PageState) -> Scenario:
     profile = engines.profile(sizes.layers, sizes.tokens)
     boots: list[float] = []
     found: list[_Ways] = []
+    region: Region | None = None  # one for all engines: the first write of a page takes longer than all others together
     with load() as busy, engines.malloc_as_started(pages):
         for _ in range(sizes.sessions[pages]):
             started = time.perf_counter()
             booted = kvcycle.boot(profile, "cpu")
             boots.append(time.perf_counter() - started)
             with booted as engine:
-                ways = _Ways(engine, pages)
+                if region is None and pages in _LIMITED:
+                    region = Region(kvcycle.KVCache(engine).bytes)
+                ways = _Ways(engine, pages, region)
                 ways.take(sizes.rounds[pages], min(sizes.jit_rounds, sizes.rounds[pages]))
                 found.append(ways)
+    if region is not None:
+        region.unmap()
     size = found[0].kv.bytes
     return Scenario(
         name=f"rebuild-{pages}",
@@ -54,12 +61,12 @@ def run(sizes: Sizes, pages: PageState) -> Scenario:
 class _Ways:
     """The ways to fill as much memory, and what was measured of them on one engine."""
 
-    def __init__(self, engine: Any, pages: PageState) -> None:
+    def __init__(self, engine: Any, pages: PageState, region: Region | None) -> None:
         self.kv = kvcycle.KVCache(engine)
         self.channel = inband.channel_of(engine)
         self.pool = internals.pools_of(engine)["token_to_kv_pool"]
         self.pages = pages
-        self.region = Region(self.kv.bytes) if pages in ("default", "mapped") else None
+        self.region = region
         self.drops: list[float] = []
         self.deletes: list[float] = []
         self.unmaps: list[float] = []
@@ -75,8 +82,8 @@ class _Ways:
     def take(self, rounds: int, jit_rounds: int) -> None:
         """The first rebuild of this engine; then rounds that do not count, and those that do.
 
-        One does not count; where every page shall be mapped already, all until that is so. The first ``jit_rounds`` of
-        those that do are with fresh jits, where those are taken at all.
+        One does not count; where every page shall be mapped already, all until that is so. The last ``jit_rounds`` of
+        those that do are with fresh jits, where those are taken at all: what they leave behind disturbs no other way.
         """
         self.first_s = self.rebuild()
         ways: dict[str, Way] = {"rebuild": self.rebuild}
@@ -97,13 +104,11 @@ class _Ways:
                 break
         for noted in (self.drops, self.deletes, self.unmaps, self.faults, self.user_s, self.system_s):
             noted.clear()
-        self.seconds = in_turn(ways | slow, jit_rounds)
-        for name, seconds in in_turn(ways, rounds - jit_rounds).items():
-            self.seconds[name] += seconds
-        if self.region is not None:
-            if not slow:
-                self.fresh_jit()  # not timed: that the counter sees compilations
-            self.region.unmap()  # the next engine has its own
+        self.seconds = in_turn(ways, rounds - jit_rounds)
+        for name, seconds in in_turn(ways | slow, jit_rounds).items():
+            self.seconds[name] = [*self.seconds.get(name, ()), *seconds]
+        if self.region is not None and not slow:
+            self.fresh_jit()  # not timed: that the counter sees compilations
 
     def rebuild(self) -> float:
         """kvcycle's: drop, and the seconds of the rebuild."""
@@ -182,7 +187,7 @@ def _figures(found: list[_Ways], boots: list[float], pages: PageState) -> list[F
     # they are judged where no page is mapped anew, as none of the limit's is. With default malloc 5 to 25 % of them
     # are, at random and as the machine has it: noise, and of neither's making. A fresh jit compiles, which no page
     # fault hides: default malloc, as engines have it.
-    rebuilds, own_memory = rounds("rebuild"), pages in ("default", "mapped")
+    rebuilds, own_memory = rounds("rebuild"), pages in _LIMITED
     limit = "fill by one thread" if own_memory else "fill of fresh pages, 1 thread"
     figures = [
         Figure(name="rebuild", unit="ms", rounds=_ms(rebuilds)),
@@ -246,8 +251,8 @@ def _figures(found: list[_Ways], boots: list[float], pages: PageState) -> list[F
 
 
 def _beside(found: list[_Ways], name: str) -> list[float]:
-    """The rebuilds of the rounds in which this way was taken: each engine's first."""
-    return [seconds for ways in found for seconds in ways.seconds["rebuild"][: len(ways.seconds[name])]]
+    """The rebuilds of the rounds in which this way was taken: each engine's last."""
+    return [seconds for ways in found for seconds in ways.seconds["rebuild"][-len(ways.seconds[name]) :]]
 
 
 def _drop_figures(found: list[_Ways], pages: PageState) -> list[Figure]:

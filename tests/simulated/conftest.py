@@ -18,10 +18,12 @@ from rich.console import Console
 
 import kvcycle
 from kvcycle.faults.campaign import Campaign, Result
+from kvcycle.faults.catalogue import Fault
 from kvcycle.generate import generate_once
 from kvcycle.profile import Profile
 from kvcycle.record import Generate
 from kvcycle.report.faults import show_matrix, summary
+from tests.simulated.faulted import controls_of
 
 #: jax's own name of it; the engine reads the variable at its boot.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -146,6 +148,15 @@ def guarded(project_root: Path) -> Guarded:
         return subprocess.CompletedProcess(command, process.returncode, output)
 
     return run
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The tests of faulted.py, for what the module that imports them plants."""
+    faults: list[Fault] = getattr(metafunc.module, "PLANTED", [])
+    if faults and "run" in metafunc.fixturenames:
+        metafunc.parametrize("run", controls_of(faults))
+    if faults and "fault" in metafunc.fixturenames:
+        metafunc.parametrize("fault", faults, ids=lambda fault: fault.id)
 
 
 @pytest.fixture(scope="module")

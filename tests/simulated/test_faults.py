@@ -5,25 +5,19 @@ Those that show when generation goes on are test_faults_generating.py's, and tes
 
 from __future__ import annotations
 
-import pytest
-
 from kvcycle.checks import CHECKS
-from kvcycle.faults.campaign import CATALOGUE, Campaign, Result
-from kvcycle.faults.catalogue import Fault, Run
-from kvcycle.report.faults import why_not
-from tests.simulated.faulted import GENERATING, IN_BYTES, WEIGHTS, controls_of
+from kvcycle.faults.campaign import CATALOGUE
+from tests.simulated.faulted import (
+    GENERATING,
+    IN_BYTES,
+    WEIGHTS,
+    test_a_run_without_a_fault_accuses_nothing,
+    test_every_fault_is_caught,
+)
 
+__all__ = ["test_a_run_without_a_fault_accuses_nothing", "test_every_fault_is_caught"]
 
-@pytest.mark.parametrize("run", controls_of(IN_BYTES))
-def test_a_run_without_a_fault_accuses_nothing(campaign: Campaign, run: Run) -> None:
-    assert [f"{verdict.id}: {verdict.message}" for verdict in campaign.red_without_a_fault(run)] == []
-
-
-@pytest.mark.parametrize("fault", IN_BYTES, ids=lambda fault: fault.id)
-def test_every_fault_is_caught(campaign: Campaign, fault: Fault, results: list[Result]) -> None:
-    result = campaign.run(fault)
-    results.append(result)
-    assert result.caught, why_not(result)
+PLANTED = IN_BYTES
 
 
 def test_every_check_is_turned_red_by_a_fault() -> None:

@@ -1,25 +1,13 @@
-"""The faults that show when generation goes on: each is caught, and nothing else is accused.
-
-The catalogue is planted by three files, so that two workers do it at once, each into an engine of its own.
-"""
+"""The faults that show when generation goes on: each is caught, and nothing else is accused."""
 
 from __future__ import annotations
 
-import pytest
+from tests.simulated.faulted import (
+    GENERATING,
+    test_a_run_without_a_fault_accuses_nothing,
+    test_every_fault_is_caught,
+)
 
-from kvcycle.faults.campaign import Campaign, Result
-from kvcycle.faults.catalogue import Fault, Run
-from kvcycle.report.faults import why_not
-from tests.simulated.faulted import GENERATING, controls_of
+__all__ = ["test_a_run_without_a_fault_accuses_nothing", "test_every_fault_is_caught"]
 
-
-@pytest.mark.parametrize("run", controls_of(GENERATING))
-def test_a_run_without_a_fault_accuses_nothing(campaign: Campaign, run: Run) -> None:
-    assert [f"{verdict.id}: {verdict.message}" for verdict in campaign.red_without_a_fault(run)] == []
-
-
-@pytest.mark.parametrize("fault", GENERATING, ids=lambda fault: fault.id)
-def test_every_fault_is_caught(campaign: Campaign, fault: Fault, results: list[Result]) -> None:
-    result = campaign.run(fault)
-    results.append(result)
-    assert result.caught, why_not(result)
+PLANTED = GENERATING

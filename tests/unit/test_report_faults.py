@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console
 
 from kvcycle.checks import CHECKS
-from kvcycle.faults.campaign import Result, uncovered, worst
+from kvcycle.faults.campaign import Result, uncovered
 from kvcycle.faults.catalogue import Fault, Target
-from kvcycle.record import Outcome
+from kvcycle.record import Outcome, Verdict
 from kvcycle.report.faults import save, show_matrix, summary, why_not
 from kvcycle.report.page.faults import draw
+from kvcycle.report.phases import worst
 
 FIRST, SECOND, THIRD = list(CHECKS)[:3]
 
@@ -93,10 +94,17 @@ def test_only_a_caught_fault_covers_its_checks() -> None:
     assert uncovered([result()]) == list(CHECKS)[2:]
 
 
-def test_the_worst_outcome_counts() -> None:
-    assert worst(["pass", "inconclusive", "not-run"]) == "inconclusive"
-    assert worst(["pass", "fail", "inconclusive"]) == "fail"
-    assert worst(["not-run", "pass"]) == "pass"
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        (["pass", "inconclusive", "not-run"], "inconclusive"),
+        (["pass", "fail", "inconclusive"], "fail"),
+        (["not-run", "pass"], "pass"),
+        ([], None),
+    ],
+)
+def test_the_worst_outcome_counts(outcomes: list[Outcome], expected: Outcome | None) -> None:
+    assert worst(Verdict(id=FIRST, scope="run", verdict=outcome, message="") for outcome in outcomes) == expected
 
 
 def test_the_results_are_saved_for_whoever_draws_them(tmp_path: Path) -> None:

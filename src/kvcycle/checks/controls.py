@@ -9,7 +9,6 @@ from itertools import pairwise
 from kvcycle.checks.verdicts import (
     DEVICE_WITNESSES,
     Place,
-    as_place,
     left_out,
     left_out_prefix,
     on_device,
@@ -17,6 +16,7 @@ from kvcycle.checks.verdicts import (
     tolerance_bytes,
     unmeasured,
     use_of,
+    verdict_at,
 )
 from kvcycle.record import Canary, Device, DeviceUse, Outcome, Phase, Record, Verdict, Witness
 from kvcycle.text import exact_bytes, seconds, signed_bytes
@@ -35,11 +35,9 @@ def _verdict(
 ) -> Verdict:
     # A control never fails: an oracle that cannot see says nothing about the engine.
     outcome: Outcome = "pass" if ok else "inconclusive"
-    at = as_place(place)
-    return Verdict(
-        id=check, scope=at.scope, host=at.host, witness=witness, verdict=outcome, expected=expected, measured=measured,
-        unit=unit, message=f"{place}: {text}.",
-    )  # fmt: skip
+    return verdict_at(
+        check, place, outcome, f"{place}: {text}.", witness=witness, expected=expected, measured=measured, unit=unit
+    )
 
 
 def blindness(record: Record, witness: Witness, device: int | None, host: int = 0) -> str | None:
@@ -143,24 +141,20 @@ def witnesses_agree(record: Record) -> Iterator[Verdict]:
 def _agreement(record: Record, place: Place | str, witness: Witness, worst: tuple[int, str], size: int) -> Verdict:
     gap, phase = worst
     tolerance = tolerance_bytes(record, witness, size)
-    agree, at = abs(gap) <= tolerance, as_place(place)
-    return Verdict(
-        id="controls.witnesses_agree",
-        scope=at.scope,
-        host=at.host,
-        witness=witness,
-        verdict="pass" if agree else "fail",
-        expected=0,
-        measured=gap,
-        unit="bytes",
-        message=f"{phase}, {place}: the change by the {witness} less the change by the ledger is "
-        f"{signed_bytes(gap)} at most, allowed {exact_bytes(tolerance)}.",
-        causes=()
-        if agree
-        else (
+    return verdict_at(
+        "controls.witnesses_agree",
+        place,
+        "pass" if abs(gap) <= tolerance else "fail",
+        f"{phase}, {place}: the change by the {witness} less the change by the ledger is {signed_bytes(gap)} at most, "
+        f"allowed {exact_bytes(tolerance)}.",
+        causes=(
             "memory that no live jax.Array owns (compiled programs, temporaries) grew or shrank",
             f"the {witness}'s numbers are stale",
         ),
+        witness=witness,
+        expected=0,
+        measured=gap,
+        unit="bytes",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvcycle.record import Compiles, DeviceUse, Outcome, Phase, Record, Verdict, Witness
 from kvcycle.text import exact_bytes, signed_bytes
@@ -34,11 +35,6 @@ def on_device(record: Record, device: int, cycle: int | None = None, part: str |
     return Place(scope(cycle, device, part), record.host_of.get(device))
 
 
-def as_place(place: Place | str) -> Place:
-    """A scope as a place: one that names no device, or whose host is not to be named."""
-    return Place(place) if isinstance(place, str) else place
-
-
 def use_of(use: DeviceUse | None, witness: Witness) -> int | None:
     """What one witness says of a device's use, None where it does not speak."""
     if use is None:
@@ -59,6 +55,24 @@ def outcome_of(ok: bool, text: str, blind: str | None) -> tuple[Outcome, str]:
     if ok and blind:
         return "inconclusive", f"{text}; but {blind}, so this proves nothing"
     return ("pass" if ok else "fail"), text
+
+
+def verdict_at(
+    check: str, place: Place | str, outcome: Outcome, message: str, *, causes: Sequence[str] = (), **figures: Any
+) -> Verdict:
+    """A verdict at a place, or on a scope that has no host to be named; the causes are left out of a pass.
+
+    Args:
+        check: the check's id.
+        place: where it holds.
+        outcome: the verdict.
+        message: its sentence, whole.
+        causes: what usually is behind any other outcome.
+        figures: further fields of the verdict: witness, expected, measured, unit.
+    """
+    at = Place(place) if isinstance(place, str) else place
+    told = tuple(causes) if outcome != "pass" else ()
+    return Verdict(id=check, scope=at.scope, host=at.host, verdict=outcome, message=message, causes=told, **figures)
 
 
 def change(
@@ -97,18 +111,16 @@ def change(
     if not ok:
         text += f"; off by {signed_bytes(off)}, allowed {exact_bytes(tolerance)}"
     outcome, text = outcome_of(ok, text, blind)
-    at = as_place(place)
-    return Verdict(
-        id=check,
-        scope=at.scope,
-        host=at.host,
+    return verdict_at(
+        check,
+        place,
+        outcome,
+        f"{text}.",
+        causes=causes,
         witness=witness,
-        verdict=outcome,
         expected=expected,
         measured=measured,
         unit="bytes",
-        message=text + ".",
-        causes=tuple(causes) if outcome != "pass" else (),
     )
 
 
@@ -130,18 +142,7 @@ def count(
     if not ok and unit == "bytes":
         text += f"; off by {signed_bytes(measured - expected)}"
     outcome, text = outcome_of(ok, text, blind)
-    at = as_place(place)
-    return Verdict(
-        id=check,
-        scope=at.scope,
-        host=at.host,
-        verdict=outcome,
-        expected=expected,
-        measured=measured,
-        unit=unit,
-        message=text + ".",
-        causes=tuple(causes) if outcome != "pass" else (),
-    )
+    return verdict_at(check, place, outcome, f"{text}.", causes=causes, expected=expected, measured=measured, unit=unit)
 
 
 def at_most(
@@ -157,17 +158,8 @@ def at_most(
 ) -> Verdict:
     """The verdict on a figure that may not exceed another; ``text`` is the sentence without its place and full stop."""
     outcome, text = outcome_of(measured <= allowed, text, blind)
-    at = as_place(place)
-    return Verdict(
-        id=check,
-        scope=at.scope,
-        host=at.host,
-        verdict=outcome,
-        expected=allowed,
-        measured=measured,
-        unit=unit,
-        message=f"{place}: {text}.",
-        causes=tuple(causes) if outcome != "pass" else (),
+    return verdict_at(
+        check, place, outcome, f"{place}: {text}.", causes=causes, expected=allowed, measured=measured, unit=unit
     )
 
 
@@ -179,8 +171,7 @@ def on_which_host(by_host: Sequence[Compiles], *, traces: bool = False) -> str:
 
 def unmeasured(check: str, place: Place | str, why: str, witness: Witness | None = None) -> Verdict:
     """The verdict where the record lacks what the check needs."""
-    at, message = as_place(place), f"{place}: {why}."
-    return Verdict(id=check, scope=at.scope, host=at.host, witness=witness, verdict="inconclusive", message=message)
+    return verdict_at(check, place, "inconclusive", f"{place}: {why}.", witness=witness)
 
 
 def left_out(check: str, record: Record) -> Verdict | None:

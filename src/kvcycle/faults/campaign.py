@@ -22,6 +22,7 @@ from kvcycle.faults.witnesses import simulated_allocator
 from kvcycle.kv_cache import KVCache
 from kvcycle.profile import Profile
 from kvcycle.record import Outcome, Record, Verdict, When
+from kvcycle.report.phases import by_check, worst
 from kvcycle.soak import soak_on
 from kvcycle.spending import spending
 from kvcycle.weights import HostCopy
@@ -35,7 +36,6 @@ CATALOGUE: tuple[Fault, ...] = tuple(sorted(FAULTS, key=lambda fault: _GROUPS.in
 _COMPILING: tuple[When, ...] = ("cold", "after_clear_caches")
 _GENERATING: tuple[Run, ...] = ("generate", "cold", "recompile", "weights", "soak")
 _RED: tuple[Outcome, ...] = ("fail", "inconclusive")
-_WORST: tuple[Outcome, ...] = ("fail", "inconclusive", "pass", "not-run")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Campaign:
 
 
 def _result(fault: Fault, verdicts: list[Verdict], seconds: float) -> Result:
-    outcomes = {check: worst(v.verdict for v in verdicts if v.id == check) for check in {v.id for v in verdicts}}
+    outcomes = {check: outcome for check, given in by_check(verdicts).items() if (outcome := worst(given))}
     red = {check for check, outcome in outcomes.items() if outcome in _RED}
     told = [v for v in verdicts if v.id in fault.red and v.verdict in _RED]
     named = [v for v in told if any(fault.says in text for text in (v.message, *v.causes))]
@@ -179,12 +179,6 @@ def _result(fault: Fault, verdicts: list[Verdict], seconds: float) -> Result:
         alarm=next((v.message for v in verdicts if v.id in false_alarms and v.verdict in _RED), ""),
         seconds=seconds,
     )
-
-
-def worst(outcomes: Iterable[Outcome]) -> Outcome:
-    """The worst of some outcomes."""
-    found = set(outcomes)
-    return next(outcome for outcome in _WORST if outcome in found)
 
 
 def uncovered(results: Iterable[Result]) -> list[str]:
