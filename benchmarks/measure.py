@@ -22,13 +22,32 @@ def seconds_of(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def in_turn(ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Run every way once a round, every other round in the opposite order; returns the seconds by way."""
+def in_turn(
+    ways: Mapping[str, Way], rounds: int, *, counts: Callable[[], bool] = lambda: True, spare: int = 0
+) -> dict[str, list[float]]:
+    """Run every way once a round, every other round in the opposite order.
+
+    Args:
+        ways: by name.
+        rounds: how many that count.
+        counts: asked after each round; may look at anything but what the ways took.
+        spare: how many rounds may be left out; when they are used up, every round counts.
+
+    Returns:
+        The seconds of every round that counts, by way.
+    """
     found: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds):
+    number = 0
+    while rounds:
         gc.collect()
-        for name in list(ways)[:: 1 if number % 2 == 0 else -1]:
-            found[name].append(ways[name]())
+        once = {name: ways[name]() for name in list(ways)[:: 1 if number % 2 == 0 else -1]}
+        number += 1
+        if not counts() and spare:
+            spare -= 1
+            continue
+        rounds -= 1
+        for name in ways:
+            found[name].append(once[name])
     return found
 
 

@@ -25,8 +25,8 @@ _PAGE_BYTES = 4096
 #: The states in which a rebuild is held against the limit, memory that is mapped already.
 _LIMITED: tuple[PageState, ...] = ("default", "mapped")
 _ONE = " by one thread"
-#: Rounds that do not count, at most, until one finds every page mapped, and what a round may map all the same.
-MOST_WARM_ROUNDS, _FEW_PAGES = 8, 0.01
+#: Rounds that may be left out, since they mapped pages where none should be, and what one may map all the same.
+SPARE_ROUNDS, _FEW_PAGES = 8, 0.01
 
 
 def run(sizes: Sizes, pages: PageState) -> Scenario:
@@ -76,14 +76,16 @@ class _Ways:
         self.system_s: list[float] = []
         self.compiles: list[int] = []
         self.compiles_elsewhere = 0
+        self.mapped_before = 0
         self.first_s = 0.0
         self.seconds: dict[str, list[float]] = {}
 
     def take(self, rounds: int, jit_rounds: int) -> None:
         """The first rebuild of this engine; then rounds that do not count, and those that do.
 
-        One does not count; where every page shall be mapped already, all until that is so. The last ``jit_rounds`` of
-        those that do are with fresh jits, where those are taken at all: what they leave behind disturbs no other way.
+        One does not count; where every page shall be mapped already, all until that is so, and none in which pages were
+        mapped after all, since a heap grew. The last ``jit_rounds`` of those that do are with fresh jits, where those
+        are taken at all: what they leave behind disturbs no other way.
         """
         self.first_s = self.rebuild()
         ways: dict[str, Way] = {"rebuild": self.rebuild}
@@ -97,18 +99,35 @@ class _Ways:
         if self.pages != "huge":
             ways["own loop"] = self.own_loop
         slow: dict[str, Way] = {"fresh jit": self.fresh_jit} if self.pages == "default" else {}
-        for _ in range(MOST_WARM_ROUNDS if self.pages == "mapped" else 1):  # fresh jits are never warm
-            before = used().faults
+        self._forget_notes()
+        spare = SPARE_ROUNDS if self.pages == "mapped" else 0
+        for _ in range(1 + spare):  # fresh jits are never warm
             in_turn(ways, 1)
-            if (used().faults - before) * _PAGE_BYTES < _FEW_PAGES * self.kv.bytes:
+            if self._mapped_none():
                 break
-        for noted in (self.drops, self.deletes, self.unmaps, self.faults, self.user_s, self.system_s):
-            noted.clear()
-        self.seconds = in_turn(ways, rounds - jit_rounds)
+        self._forget_notes()
+        self.seconds = in_turn(ways, rounds - jit_rounds, counts=self._counts, spare=spare)
         for name, seconds in in_turn(ways | slow, jit_rounds).items():
             self.seconds[name] = [*self.seconds.get(name, ()), *seconds]
         if self.region is not None and not slow:
             self.fresh_jit()  # not timed: that the counter sees compilations
+
+    def _forget_notes(self, kept: int = 0) -> None:
+        """Keep the notes of so many rounds; the next begins."""
+        for notes in (self.drops, self.deletes, self.unmaps, self.faults, self.user_s, self.system_s):
+            del notes[kept:]
+        self.mapped_before = used().faults
+
+    def _counts(self) -> bool:
+        """Whether the round that has ended is of its state; the notes of one that is not are taken back."""
+        counts = self.pages != "mapped" or self._mapped_none()
+        self._forget_notes(len(self.drops) - (not counts))
+        return counts
+
+    def _mapped_none(self) -> bool:
+        """Whether the round that has ended mapped none of its pages, or nearly none."""
+        mapped = (used().faults - self.mapped_before) * _PAGE_BYTES
+        return mapped < _FEW_PAGES * self.kv.bytes
 
     def rebuild(self) -> float:
         """kvcycle's: drop, and the seconds of the rebuild."""

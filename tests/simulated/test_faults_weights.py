@@ -1,4 +1,4 @@
-"""The faults that show when weights are released and resumed, or only in many cycles: each is caught, nothing else is."""
+"""The faults that show when weights are released and resumed, or only in many cycles: each caught, and nothing else."""
 
 from __future__ import annotations
 

@@ -252,6 +252,13 @@ def test_every_other_round_runs_in_the_opposite_order() -> None:
     assert found == {"a": [1.0] * 3, "b": [2.0] * 3}
 
 
+def test_a_round_that_does_not_count_is_taken_again_while_there_are_spare_ones() -> None:
+    took = iter(range(10))
+    verdicts = iter([True, False, False, False, True])
+    found = measure.in_turn({"a": lambda: float(next(took))}, 3, counts=lambda: next(verdicts), spare=2)
+    assert found == {"a": [0.0, 3.0, 4.0]}, "the third that does not count finds no spare one"
+
+
 def test_a_point_gets_its_rounds_spread_over_the_whole() -> None:
     taken = list(measure.turns({"often": 30, "now and then": 5, "seldom": 3}))
     assert [taken.count(point) for point in ("often", "now and then", "seldom")] == [30, 5, 3]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import rebuild
-from benchmarks.pages import ENVIRONMENT, PageState
+from benchmarks.pages import ENVIRONMENT, PageState, Used
 from benchmarks.sizes import SIZES
 
 LIMIT = "rebuild ÷ fill by one thread"
@@ -59,6 +59,22 @@ def test_a_rebuild_that_is_hardly_faster_than_the_engines_own_loop_misses_where_
         figure.name: figure for figure in rebuild._figures([ways("mapped", own_loop_s, every_core_s)], [20.0], "mapped")
     }
     assert found["engine's own loop ÷ rebuild"].outcome(0.0) == expected
+
+
+@pytest.mark.parametrize(("pages", "left_out"), [("mapped", True), ("default", False)])
+def test_a_round_that_mapped_pages_is_not_one_of_mapped_pages(
+    pages: PageState, left_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = object.__new__(rebuild._Ways)  # its own constructor needs an engine
+    ways.kv, ways.pages, ways.mapped_before = SimpleNamespace(bytes=4096 * 1000), pages, 0  # type: ignore[assignment]
+    ways.drops, ways.deletes, ways.unmaps = [0.1, 0.2], [0.3, 0.4], []
+    ways.faults, ways.user_s, ways.system_s = [0.0, 5.0], [0.1, 0.1], [0.0, 0.2]
+    faults = iter([5, 5, 55, 55] if left_out else [5, 55])
+    monkeypatch.setattr(rebuild, "used", lambda: Used(next(faults), 0.0, 0.0))
+    assert ways._counts() is True  # five pages are nearly none
+    assert ways._counts() is not left_out
+    assert ways.drops == ([0.1] if left_out else [0.1, 0.2])
+    assert (len(ways.deletes), len(ways.faults), ways.unmaps) == (len(ways.drops), len(ways.drops), [])
 
 
 def test_what_has_a_target_has_rounds_enough_to_leave_the_outermost_pair_out() -> None:
