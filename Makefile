@@ -33,7 +33,7 @@ faults: $(STAMP) ## Plant every fault into a live engine and see each caught by 
 soak: $(STAMP) ## Run CYCLES=1000 cycles on one engine (tiny model, virtual CPU devices): nothing may grow or compile
 	$(BIN)/python scripts/guard.py $(BIN)/kvcycle soak --cycles $(CYCLES) $(ARGS)
 
-bench: $(STAMP) ## Measure the rebuild, and what the suite costs, as ratios (about 10 minutes; keep the machine quiet)
+bench: $(STAMP) ## Measure the rebuild, and what the suite costs, as ratios (5 to 10 minutes; keep the machine quiet)
 	$(BIN)/python scripts/guard.py $(BIN)/python -m benchmarks $(ARGS)
 
 # A worker's own threads would have a heap each, of which the end cannot be given back (see platform.py). Bytecode is

@@ -46,7 +46,7 @@ def summary(report: Report) -> str:
     if counts["not resolved"]:
         why.append("not resolved: the rounds lie on both sides of the target, or the machine was not quiet; run again")
     if counts["out of reach"]:
-        why.append("out of reach: on this machine all cores together could not do it, whatever the software")
+        why.append("out of reach: on this machine all cores together could not do it with plain stores")
     return ". ".join([line, *(word[0].upper() + word[1:] for word in why)]) + "."
 
 
