@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.results import Curve, Figure, Report, Scenario
 from benchmarks.table import number, summary
 
-_COLORS = {"met": "#009E73", "missed": "#D55E00", "not resolved": "#E69F00", "out of reach": "#56B4E9", None: "#0072B2"}
+_COLORS = {"met": "#009E73", "missed": "#D55E00", "not resolved": "#E69F00", "out of reach": "#CC79A7", None: "#0072B2"}
 
 
 def write(report: Report, path: Path) -> None:
