@@ -84,8 +84,8 @@ class _Ways:
         """The first rebuild of this engine; then rounds that do not count, and those that do.
 
         One does not count; where every page shall be mapped already, all until that is so, and none in which pages were
-        mapped after all, since a heap grew. The last ``jit_rounds`` of those that do are with fresh jits, where those
-        are taken at all: what they leave behind disturbs no other way.
+        mapped after all, since a heap grew. With default malloc the last ``jit_rounds`` of those that do are with fresh
+        jits, which are never warm: what they leave behind disturbs no other way.
         """
         self.first_s = self.rebuild()
         ways: dict[str, Way] = {"rebuild": self.rebuild}
@@ -98,18 +98,20 @@ class _Ways:
             ways["fill"] = self.fresh_fill
         if self.pages != "huge":
             ways["own loop"] = self.own_loop
-        slow: dict[str, Way] = {"fresh jit": self.fresh_jit} if self.pages == "default" else {}
-        self._forget_notes()
         spare = SPARE_ROUNDS if self.pages == "mapped" else 0
-        for _ in range(1 + spare):  # fresh jits are never warm
+        for _ in range(1 + spare):
+            self._forget_notes()
             in_turn(ways, 1)
             if self._mapped_none():
                 break
         self._forget_notes()
-        self.seconds = in_turn(ways, rounds - jit_rounds, counts=self._counts, spare=spare)
-        for name, seconds in in_turn(ways | slow, jit_rounds).items():
-            self.seconds[name] = [*self.seconds.get(name, ()), *seconds]
-        if self.region is not None and not slow:
+        if self.pages == "default":
+            self.seconds = in_turn(ways, rounds - jit_rounds)
+            for name, seconds in in_turn(ways | {"fresh jit": self.fresh_jit}, jit_rounds).items():
+                self.seconds[name] = [*self.seconds.get(name, ()), *seconds]
+            return
+        self.seconds = in_turn(ways, rounds, counts=self._counts, spare=spare)
+        if self.pages == "mapped":
             self.fresh_jit()  # not timed: that the counter sees compilations
 
     def _forget_notes(self, kept: int = 0) -> None:

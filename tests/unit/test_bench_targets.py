@@ -77,6 +77,32 @@ def test_a_round_that_mapped_pages_is_not_one_of_mapped_pages(
     assert (len(ways.deletes), len(ways.faults), ways.unmaps) == (len(ways.drops), len(ways.drops), [])
 
 
+def test_warm_rounds_end_with_the_first_that_maps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is held against its own beginning; of the rounds after them every one that maps pages is left out."""
+    taken = object.__new__(rebuild._Ways)
+    taken.kv, taken.pages, taken.mapped_before = SimpleNamespace(bytes=4096 * 1000), "mapped", 0  # type: ignore[assignment]
+    mapped, seconds = 0, iter(range(100))
+    of_rounds = iter([900, 900, 0, 0, 900, 0])  # two warm rounds too many, one that is warm; of three one is left out
+
+    def one_round() -> float:
+        nonlocal mapped
+        mapped += next(of_rounds)
+        for notes in (taken.drops, taken.deletes, taken.faults, taken.user_s, taken.system_s):
+            notes.append(0.1)
+        return float(next(seconds))
+
+    taken.region = SimpleNamespace(fill=int, memset=int, fill_by_every_core=int)  # type: ignore[assignment]
+    for name in ("drops", "deletes", "unmaps", "faults", "user_s", "system_s"):
+        setattr(taken, name, [])
+    monkeypatch.setattr(taken, "rebuild", lambda: 0.0)
+    monkeypatch.setattr(taken, "own_loop", one_round)
+    monkeypatch.setattr(taken, "fresh_jit", lambda: 0.0)
+    monkeypatch.setattr(rebuild, "used", lambda: Used(mapped, 0.0, 0.0))
+    taken.take(rounds=2, jit_rounds=1)
+    assert taken.seconds["own loop"] == [3.0, 5.0]
+    assert len(taken.drops) == 2
+
+
 def test_what_has_a_target_has_rounds_enough_to_leave_the_outermost_pair_out() -> None:
     full = SIZES["full"]
     by_state = {state: full.sessions[state] * full.rounds[state] for state in ENVIRONMENT}
