@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,13 +35,16 @@ class Loop:
         self.thread = threading.Thread(target=self._run, args=(deliver,), daemon=True)
 
     def _run(self, deliver: Callable[[object], None]) -> None:
-        while True:
-            message = self.inbox.get()
-            if message is not None:
-                deliver(message)
-            self.scheduler.get_next_batch_to_run()
-            if self.scheduler.is_fully_idle():
-                self.scheduler.idle_iteration()
+        with suppress(
+            SystemExit
+        ):  # by which a host is stopped; the other's fixture may be done with pytest's hook by then
+            while True:
+                message = self.inbox.get()
+                if message is not None:
+                    deliver(message)
+                self.scheduler.get_next_batch_to_run()
+                if self.scheduler.is_fully_idle():
+                    self.scheduler.idle_iteration()
 
 
 class TwoHosts:
