@@ -35,9 +35,8 @@ class Loop:
         self.thread = threading.Thread(target=self._run, args=(deliver,), daemon=True)
 
     def _run(self, deliver: Callable[[object], None]) -> None:
-        with suppress(
-            SystemExit
-        ):  # by which a host is stopped; the other's fixture may be done with pytest's hook by then
+        # A host is stopped by it, and kvcycle's hook, which keeps it from pytest's, may be gone with the other host.
+        with suppress(SystemExit):
             while True:
                 message = self.inbox.get()
                 if message is not None:
