@@ -39,8 +39,8 @@ bench: $(STAMP) ## Measure the rebuild, and what the suite costs, as ratios (5 t
 # A worker's own threads would have a heap each, of which the end cannot be given back (see platform.py). Bytecode is
 # written, whatever the environment says: a hundred processes would otherwise compile the same modules.
 test: lint ## Lint, check types and run every test that needs no TPU
-	MALLOC_ARENA_MAX=1 PYTHONDONTWRITEBYTECODE= $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not tpu and not long" \
-		--junitxml=reports/tests$(VENV:.venv%=%)/junit.xml $(ARGS)
+	MALLOC_ARENA_MAX=1 PYTHONDONTWRITEBYTECODE= $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not tpu and not long" --junitxml=reports/tests$(VENV:.venv%=%)/junit.xml $(ARGS)
 
 matrix: $(STAMP) ## Boot an engine for every cell of docs/compatibility.md at engine level: some minutes
 	$(PYTEST) -m "long and not tpu" $(ARGS)

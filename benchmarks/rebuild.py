@@ -205,7 +205,7 @@ def _figures(found: list[_Ways], boots: list[float], pages: PageState) -> list[F
         return [seconds for ways in found for seconds in ways.seconds[name]]
 
     # Each yardstick is for one state. The limit, and the engine's own loop, write the same memory and do nothing else:
-    # they are judged where no page is mapped anew, as none of the limit's is. With default malloc 5 to 25 % of them
+    # they are judged where no page is mapped anew, as none of the limit's is. With default malloc 5 to 35 % of them
     # are, at random and as the machine has it: noise, and of neither's making. A fresh jit compiles, which no page
     # fault hides: default malloc, as engines have it.
     rebuilds, own_memory = rounds("rebuild"), pages in _LIMITED

@@ -42,12 +42,14 @@ def summary(report: Report) -> str:
     if not counts:
         return "No target was measured."
     line = ", ".join(f"{counts[outcome]} {outcome}" for outcome in _STYLE if counts[outcome])
-    why = []
+    sentences = [line]
     if counts["not resolved"]:
-        why.append("not resolved: the rounds lie on both sides of the target, or the machine was not quiet; run again")
+        sentences.append(
+            "Not resolved: rounds lie on both sides of the target, or the machine was not quiet; run again"
+        )
     if counts["out of reach"]:
-        why.append("out of reach: on this machine all cores together could not do it with plain stores")
-    return ". ".join([line, *(word[0].upper() + word[1:] for word in why)]) + "."
+        sentences.append("Out of reach: on this machine all cores together could not do it with plain stores")
+    return ". ".join(sentences) + "."
 
 
 def _figures(scenario: Scenario) -> Table:

@@ -159,11 +159,15 @@ def _tested_stacks() -> str:
     return " and ".join(f"sglang-jax {version} on jax {jax_version}" for version, jax_version in stacks)
 
 
+def worker_of(engine: Any) -> Any:
+    """What runs each batch's forward; under overlap the scheduler has a client that holds it."""
+    worker = scheduler_of(engine).tp_worker
+    return getattr(worker, "worker", worker)
+
+
 def runner_of(engine: Any) -> Any:
     """The model runner: it owns the pools, the compiled forward and the weights' leaves."""
-    worker = scheduler_of(engine).tp_worker
-    # Under overlap the worker is a client that holds the real one.
-    return getattr(worker, "worker", worker).model_runner
+    return worker_of(engine).model_runner
 
 
 def pools_of(engine: Any) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def settle() -> None:
 def leave_room_for_names() -> None:
     """Let Python's table of interned strings have twice the room that it needs, once in a process.
 
-    It is one block of memory. A process with jax and sglang-jax has 139,000 names in it, and the table of 3,846,144
-    bytes has places for 174,762, of which one whose name is gone is not used again: a cycle uses up a thousand.
+    It is one block of memory. With sglang-jax 0.1.0rc0 on CPython 3.13 it has 139,000 names, and in 3,846,144 bytes
+    places for 174,762, of which one whose name is gone is not used again: a cycle uses up a thousand.
     Whichever phase takes the last place has a table of twice the size made, and resident memory is off by more than a
     KV buffer. Tables after that have the size of the one that they replace: three places for each name that lives.
     """

@@ -13,6 +13,7 @@ from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet
 from kvcycle.record import PHASES, WEIGHTS_PHASES, Record
 from kvcycle.record_info import Params2Info
+from kvcycle.settling import leave_room_for_names
 from kvcycle.text import exact_bytes
 
 
@@ -27,8 +28,10 @@ def test_a_cycle_without_generation_passes_and_says_what_was_not_run(
 ) -> None:
     lines: list[str] = []
     details: list[str] = []
+    leave_room_for_names.cache_clear()
     path = tmp_path / "record.json"
     record = kvcycle.run_cycle(live_engine, brief, save_to=path, progress=lines.append, details=details.append)
+    assert leave_room_for_names.cache_info().currsize == 1
     verdicts = kvcycle.judge(record)
     assert {v.verdict for v in verdicts} == {"pass", "not-run"}
     assert kvcycle.passed(verdicts)

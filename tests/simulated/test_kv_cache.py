@@ -77,8 +77,7 @@ def addresses(arrays: Iterable[Any]) -> list[int]:
 def test_no_forward_moves_the_buffers(
     kv: kvcycle.KVCache, generate: Callable[[], Generate], live_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = internals.scheduler_of(live_engine).tp_worker
-    worker = getattr(client, "worker", client)
+    worker = internals.worker_of(live_engine)
     forward, after_each_step = worker.forward_batch_generation, [addresses(kv.arrays())]
 
     def then_look(*arguments: Any, **further: Any) -> Any:

@@ -73,7 +73,7 @@ def held_after_two_tokens(engine: Any, messages: int) -> Iterator[threading.Even
     Or until the event is set. However slow this process's other threads are, no request ends before.
     """
     scheduler, channel = internals.scheduler_of(engine), inband.channel_of(engine)
-    worker = getattr(scheduler.tp_worker, "worker", scheduler.tp_worker)
+    worker = internals.worker_of(engine)
     forward, send, sent, go_on = worker.forward_batch_generation, channel.send, [], threading.Event()
 
     def hold(*arguments: Any, **further: Any) -> Any:
@@ -171,7 +171,11 @@ def test_a_drop_that_waits_lets_several_streams_finish(
     assert answers.tokens == undisturbed
 
 
-def test_a_drop_that_has_waited_long_enough_refuses(kv: kvcycle.KVCache, live_engine: Any, cold: Generate) -> None:
+def test_a_drop_that_has_waited_long_enough_refuses(
+    kv: kvcycle.KVCache, live_engine: Any, cold: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inband, "_POLL_S", 2 * BUSY_S)  # between two looks at a dead engine; not what a caller waits
+
     async def wait() -> EngineBusyError:
         with pytest.raises(EngineBusyError, match=r"did not become idle within 0\.01 s: requests 3 running") as refusal:
             await asyncio.to_thread(kv.drop, wait_s=0.01)

@@ -138,6 +138,15 @@ def test_a_report_survives_its_json() -> None:
     assert Report.model_validate_json(text) == found
 
 
+def test_the_page_tells_what_is_out_of_reach_from_what_is_missed(tmp_path: Path) -> None:
+    target = Target(sense="at most", limit=1.5, best=(2.0,) * 8)
+    figure = Figure(name="x", unit="x", rounds=MISSED, target=target)
+    chart.write(report(scenario(*MET).model_copy(update={"figures": (figure,)})), tmp_path / "bench.html")
+    page = (tmp_path / "bench.html").read_text(encoding="utf-8")
+    assert '"name":"out of reach"' in page
+    assert '"name":"missed"' not in page
+
+
 def test_the_page_has_the_ratios_the_targets_and_needs_no_network(tmp_path: Path) -> None:
     chart.write(report(scenario(*MET), scenario(*MISSED, name="b")), tmp_path / "bench.html")
     page = (tmp_path / "bench.html").read_text(encoding="utf-8")

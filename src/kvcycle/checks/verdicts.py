@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, Unpack
 
 from kvcycle.record import Compiles, DeviceUse, Outcome, Phase, Record, Verdict, Witness
 from kvcycle.text import exact_bytes, signed_bytes
@@ -57,8 +57,23 @@ def outcome_of(ok: bool, text: str, blind: str | None) -> tuple[Outcome, str]:
     return ("pass" if ok else "fail"), text
 
 
+class Figures(TypedDict, total=False):
+    """The fields of a verdict that say who measured what."""
+
+    witness: Witness | None
+    expected: float | None
+    measured: float | None
+    unit: str
+
+
 def verdict_at(
-    check: str, place: Place | str, outcome: Outcome, message: str, *, causes: Sequence[str] = (), **figures: Any
+    check: str,
+    place: Place | str,
+    outcome: Outcome,
+    message: str,
+    *,
+    causes: Sequence[str] = (),
+    **figures: Unpack[Figures],
 ) -> Verdict:
     """A verdict at a place, or on a scope that has no host to be named; the causes are left out of a pass.
 
@@ -68,7 +83,7 @@ def verdict_at(
         outcome: the verdict.
         message: its sentence, whole.
         causes: what usually is behind any other outcome.
-        figures: further fields of the verdict: witness, expected, measured, unit.
+        figures: what was measured, where something was.
     """
     at = Place(place) if isinstance(place, str) else place
     told = tuple(causes) if outcome != "pass" else ()
