@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
@@ -61,6 +62,11 @@ def prefer(browser: Chrome, scheme: str) -> None:
     """The system's choice of colours: ``light`` or ``dark``."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def in_a_frame(browser: Chrome, expression: str) -> Any:
+    """The value of a JavaScript expression in the next frame: after whatever the page does before it is drawn."""
+    return browser.execute_async_script(f"const done = arguments[0]; requestAnimationFrame(() => done({expression}))")
 
 
 def picture(browser: Chrome, path: Path, *, whole: bool = True) -> None:

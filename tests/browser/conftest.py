@@ -45,7 +45,7 @@ def open_page(browser: Chrome, tmp_path: Path) -> Open:
         file = tmp_path / "index.html"
         file.write_text(text, encoding="utf-8")
         browser.get(file.as_uri())
-        browser.execute_script("try { localStorage.clear() } catch (error) {}")
+        chromium.in_a_frame(browser, "(() => { try { localStorage.clear() } catch (error) {} })()")
         browser.refresh()
 
     return opened

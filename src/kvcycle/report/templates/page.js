@@ -16,9 +16,9 @@
   button.addEventListener("click", () => {
     root.dataset.theme = dark() ? "light" : "dark";
     try { localStorage.setItem("kvcycle-theme", root.dataset.theme); } catch (error) { /* it lasts as long as the page */ }
-    name();
   });
   system.addEventListener("change", name);
+  new MutationObserver(name).observe(root, { attributeFilter: ["data-theme"] });
   name();
 
   // Bars: the arrow keys go from one to the next, Escape puts the figures away.
