@@ -22,6 +22,11 @@ import psutil
 from kvcycle.profile import Profile
 
 API_KEY = "of this test only"
+#: Names a file to all processes of ``held_server``; while it is there no token is decoded.
+HELD = "KVCYCLE_TEST_HELD"
+#: What the file says if it is to go once a call was withdrawn.
+UNTIL_WITHDRAWN = "until a call was withdrawn"
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -71,6 +76,12 @@ class Server:
         while any(self.state()["requests"][place] != number for place, number in counts.items()):
             assert time.monotonic() < deadline, self.state()
 
+    def until_resident(self, at_most: float) -> None:
+        """Wait until the operating system has taken back what the scheduler's process has freed."""
+        deadline = time.monotonic() + 60
+        while (rss := self.scheduler_rss_bytes()) > at_most:
+            assert time.monotonic() < deadline, rss
+
     def scheduler(self) -> psutil.Process:
         """The process that holds the engine."""
         children = psutil.Process(self.process.pid).children(recursive=True)
@@ -117,6 +128,7 @@ def serving(module: str, profile: Profile, folder: Path, *more: str) -> Iterator
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *flags],
+            cwd=ROOT,  # where tests' own modules are found
             env=environment(profile, folder / "compiled"),
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import kvcycle
-from kvcycle import capacity, host_memory, internals
+from kvcycle import capacity, host_memory
 from kvcycle import weights as weights_module
 from kvcycle.compiles import counting
 from kvcycle.errors import (
@@ -27,6 +27,7 @@ from kvcycle.occupation import TAGS
 from kvcycle.params import perturbed
 from kvcycle.record import Generate
 from kvcycle.weights import digests
+from tests.simulated.holding import each_has_two_tokens, held
 
 #: On a device: 4 layers of K and V, one head of 128 bfloat16.
 KV_BYTES_A_TOKEN = 4 * 2 * 128 * 2
@@ -266,14 +267,14 @@ def test_a_busy_engine_keeps_everything(live_engine: Any, occupation: kvcycle.Me
                 prompt="Hello", sampling_params={"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
             )
         )
-        scheduler = internals.scheduler_of(live_engine)
-        while not internals.unfinished_requests(scheduler)["running"]:
+        while not hold.reached.is_set():
             await asyncio.sleep(0)
         with pytest.raises(EngineBusyError) as caught:
             await live_engine.async_release_memory_occupation(tags=["kv_cache", "weights"])
         return caught.value, await request
 
-    error, answer = live_engine.loop.run_until_complete(release_meanwhile())
+    with held(live_engine, each_has_two_tokens(live_engine, 1)) as hold:
+        error, answer = live_engine.loop.run_until_complete(release_meanwhile())
     assert str(error).startswith("release_memory_occupation() needs an idle engine, and it has requests: ")
     assert str(error).endswith("Wait for them, or end them with engine.abort_request(abort_all=True).")
     assert occupation.released == ()

@@ -20,7 +20,7 @@ import kvcycle
 from kvcycle.profile import Profile
 from kvcycle.sizing import predict_kv
 from tests.simulated.conftest import Guarded
-from tests.simulated.servers import API_KEY, Server, arguments_of, environment, serving
+from tests.simulated.servers import API_KEY, HELD, UNTIL_WITHDRAWN, Server, arguments_of, environment, serving
 
 KV_BYTES, WEIGHTS = 8_390_656, 5_526_528
 #: Tokens of a request that runs while something else happens.
@@ -40,8 +40,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def booted(profile: Profile, folder: Path) -> Iterator[Server]:
-    with serving("kvcycle.serve", profile, folder, "--api-key", API_KEY) as server:
-        yield server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HELD, str(folder / "held"))
+        with serving("tests.simulated.held_server", profile, folder, "--api-key", API_KEY) as server:
+            yield server
+
+
+@pytest.fixture
+def held(folder: Path) -> Iterator[Path]:
+    """While this file is there, requests stay as they are."""
+    file = folder / "held"
+    file.touch()
+    yield file
+    file.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +101,7 @@ def test_released_memory_falls_to_the_byte_requests_wait_and_get_the_same_tokens
     assert change(before, server.in_use()) == each(-KV_BYTES)
     assert (server.state()["released"], server.in_use("kv")) == (["kv_cache"], each(0))
     # Another witness: the operating system's word of the process in which the scheduler says that.
-    assert rss_before - server.scheduler_rss_bytes() > 0.9 * 4 * KV_BYTES
+    server.until_resident(at_most=rss_before - 0.9 * 4 * KV_BYTES)
 
     waiting = server.generating()
     server.until_requests(waiting=1, running=0)
@@ -121,7 +132,7 @@ def test_the_health_is_503_while_released_and_no_request_is_left_behind(server: 
 
 
 def test_a_release_under_load_says_409_in_time_and_the_request_goes_on(
-    server: Server, undisturbed: dict[int, list[int]]
+    server: Server, undisturbed: dict[int, list[int]], held: Path
 ) -> None:
     before = server.in_use("kv")
     running = server.generating(LONG)
@@ -141,6 +152,7 @@ def test_a_release_under_load_says_409_in_time_and_the_request_goes_on(
     }
     assert not running.done()
     assert (server.state()["released"], server.in_use("kv")) == ([], before)
+    held.unlink()
     assert running.result(60) == undisturbed[LONG]
 
 
@@ -153,7 +165,7 @@ def test_a_release_under_load_waits_for_the_requests(server: Server, undisturbed
 
 @pytest.mark.parametrize("tags", [["kv_cache"], ["weights"]], ids=str)
 def test_a_release_that_retracts_does_not_wait_and_the_requests_go_on_after_it(
-    server: Server, undisturbed: dict[int, list[int]], tags: list[str]
+    server: Server, undisturbed: dict[int, list[int]], tags: list[str], held: Path
 ) -> None:
     running = server.generating(LONG)
     server.until_requests(running=1)
@@ -161,23 +173,28 @@ def test_a_release_that_retracts_does_not_wait_and_the_requests_go_on_after_it(
     assert (freed["tags"], len(freed["retracted"])) == (tags, 1)
     assert server.state()["requests"] == {"waiting": 1, "running": 0}
     assert not running.done()
+    held.unlink()
     server.post("/resume_memory_occupation")
     assert running.result(60) == undisturbed[LONG]
 
 
-def test_a_release_that_aborts_ends_the_requests(server: Server, undisturbed: dict[int, list[int]]) -> None:
+def test_a_release_that_aborts_ends_the_requests(server: Server, undisturbed: dict[int, list[int]], held: Path) -> None:
     running = server.generating(LONG)
     server.until_requests(running=1)
     freed = server.post("/release_memory_occupation", timeout_s=0, mode="abort").json()
     assert len(freed["aborted"]) == 1
+    held.unlink()
     tokens = running.result(60)
     assert tokens == undisturbed[LONG][: len(tokens)]
     assert len(tokens) < LONG
 
 
-def test_a_client_that_leaves_has_released_nothing(server: Server, undisturbed: dict[int, list[int]]) -> None:
+def test_a_client_that_leaves_has_released_nothing(
+    server: Server, undisturbed: dict[int, list[int]], held: Path
+) -> None:
     running = server.generating(LONG)
     server.until_requests(running=1)
+    held.write_text(UNTIL_WITHDRAWN)
     with pytest.raises(httpx.ReadTimeout):
         server.client.post("/release_memory_occupation", json={}, timeout=0.1)
     assert running.result(60) == undisturbed[LONG]

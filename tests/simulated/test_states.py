@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from kvcycle import inband, internals
 from kvcycle.errors import EngineBusyError, KVCacheDroppedError
 from kvcycle.params import perturbed, swapped
 from kvcycle.record import Generate
+from tests.simulated.holding import after_forwards, each_has_two_tokens, held
 
 PROMPTS = ("Hello", "The capital of France is", "One, two, three,")
 GREEDY = {"temperature": 0, "max_new_tokens": 10, "ignore_eos": True}
@@ -66,34 +66,6 @@ class Streamed:
     tokens: list[Tokens]
 
 
-@contextmanager
-def held_after_two_tokens(engine: Any, messages: int) -> Iterator[threading.Event]:
-    """Let no forward go on when every prompt has two tokens, until that many messages were sent to the scheduler.
-
-    Or until the event is set. However slow this process's other threads are, no request ends before.
-    """
-    scheduler, channel = internals.scheduler_of(engine), inband.channel_of(engine)
-    worker = internals.worker_of(engine)
-    forward, send, sent, go_on = worker.forward_batch_generation, channel.send, [], threading.Event()
-
-    def hold(*arguments: Any, **further: Any) -> Any:
-        running = internals._running_requests(scheduler)
-        if [len(request.output_ids) >= 2 for request in running] == [True] * len(PROMPTS):
-            assert go_on.wait(BUSY_S)
-        return forward(*arguments, **further)
-
-    def send_and_count(pending: inband.Pending) -> None:
-        send(pending)
-        sent.append(pending)
-        if len(sent) == messages:
-            go_on.set()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "forward_batch_generation", hold)
-        patch.setattr(channel, "send", send_and_count)
-        yield go_on
-
-
 def in_flight[T](engine: Any, meanwhile: Callable[[], Awaitable[T]], messages: int = 1) -> tuple[Streamed, T]:
     """Stream all prompts at once; when each has begun do ``meanwhile``; read them to the end.
 
@@ -108,13 +80,13 @@ def in_flight[T](engine: Any, meanwhile: Callable[[], Awaitable[T]], messages: i
         requests = {request.rid: request for request in internals._running_requests(internals.scheduler_of(engine))}
         assert len(requests) == len(PROMPTS)
         result = await meanwhile()
-        go_on.set()
+        hold.go_on.set()
         ends = await asyncio.wait_for(asyncio.gather(*streams), BUSY_S)
         ids = [end["id"] for end in ends]
         tokens = [list(requests[request_id].output_ids) for request_id in ids]
         return Streamed(ids, {end["finish_reason"]["type"] for end in ends}, tokens), result
 
-    with held_after_two_tokens(engine, messages) as go_on:
+    with held(engine, each_has_two_tokens(engine, len(PROMPTS)), messages) as hold:
         return engine.loop.run_until_complete(run())  # type: ignore[no-any-return]  # the engine has no types
 
 
@@ -209,18 +181,22 @@ def test_requests_can_be_retracted_at_any_moment(
     """Also between the prefill and the running batch, where sglang-jax's own pause loses them."""
 
     async def serve_while_dropping() -> tuple[list[Tokens], int]:
-        asked = [asyncio.ensure_future(_ask(live_engine, prompt)) for prompt in PROMPTS]
+        asked: list[asyncio.Future[Tokens]] = []
         retracted = 0
-        for _ in range(6):
-            freed = await asyncio.to_thread(kv.drop, mode="retract")
+        for begun in (0, 1, 0, 2):
+            # The drop comes while the prefill runs, or the so manieth forward after it.
+            with held(live_engine, after_forwards(begun), messages=2 if asked else 1) as hold:
+                if asked:
+                    await asyncio.to_thread(kv.rebuild)
+                else:
+                    asked = [asyncio.ensure_future(_ask(live_engine, prompt)) for prompt in PROMPTS]
+                while not hold.reached.is_set() and not all(task.done() for task in asked):
+                    await asyncio.sleep(0)
+                freed = await asyncio.to_thread(kv.drop, mode="retract")
             retracted += len(freed.retracted)
-            await asyncio.to_thread(kv.rebuild)
-            batches = scheduler.forward_ct
-            while scheduler.forward_ct == batches and not all(task.done() for task in asked):
-                await asyncio.sleep(0)  # until the next batch, a prefill, is on its way
+        await asyncio.to_thread(kv.rebuild)
         return list(await asyncio.wait_for(asyncio.gather(*asked), BUSY_S)), retracted
 
-    scheduler = internals.scheduler_of(live_engine)
     answers, retracted = live_engine.loop.run_until_complete(serve_while_dropping())
     assert answers == undisturbed
     assert retracted >= len(PROMPTS)

@@ -1,0 +1,42 @@
+"""``kvcycle.serve`` in which requests last as long as a test needs: no token is decoded while a file is there.
+
+The scheduler's process imports this module as well, since it imports whatever the server was started from.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import zmq
+from sgl_jax.srt.managers.scheduler import Scheduler
+
+from kvcycle import serve, service
+from tests.simulated.servers import HELD, UNTIL_WITHDRAWN
+
+_file = Path(os.environ[HELD])
+_run_batch, _withdraw = Scheduler.run_batch, service.Service._withdraw
+
+
+def _run_when_let(scheduler: Any, batch: Any) -> Any:
+    """Each message lets one batch go: it is answered between two batches."""
+    poller = zmq.Poller()
+    for socket in (scheduler.recv_from_rpc, scheduler.recv_from_tokenizer):
+        poller.register(socket, zmq.POLLIN)
+    while batch.forward_mode.is_decode() and _file.exists() and not poller.poll(10):
+        pass
+    return _run_batch(scheduler, batch)
+
+
+def _withdraw_and_let_go(made: service.Service, message: Any) -> None:
+    _withdraw(made, message)
+    if _file.exists() and _file.read_text() == UNTIL_WITHDRAWN:
+        _file.unlink()
+
+
+Scheduler.run_batch = _run_when_let
+service.Service._withdraw = _withdraw_and_let_go  # type: ignore[method-assign]  # that is the point
+
+if __name__ == "__main__":
+    serve.main()
