@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 
@@ -49,7 +50,9 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[Chrome]:
             resize(browser, width, height)
             yield browser
         finally:
+            processes = psutil.Process(browser.service.process.pid).children(recursive=True)
             browser.quit()
+            psutil.wait_procs(processes, timeout=60)  # one that lives on still writes to the profile
 
 
 def resize(browser: Chrome, width: int, height: int, *, scale: float = 1.0) -> None:

@@ -59,8 +59,8 @@ def deadline(limit_s: float, error: Callable[[], KVCycleError], what: str = "") 
     before_s, interval_s = signal.setitimer(signal.ITIMER_REAL, 0)
     clock = _Clock(limit_s, error, what)
     _running.append(clock)
-    clock.start()
     try:
+        clock.start()
         yield
     except _Passed:
         clock.stop()

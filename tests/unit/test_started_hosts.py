@@ -68,7 +68,8 @@ def test_a_host_that_takes_no_notice_is_killed(settings: Settings, monkeypatch: 
     wait = process.wait
 
     def wait_no_longer(timeout: float | None = None) -> int:
-        waits.append(timeout)
+        if threading.current_thread() is threading.main_thread():  # and not the thread that watches it
+            waits.append(timeout)
         if timeout is not None:
             raise subprocess.TimeoutExpired("the host", timeout)
         return wait()

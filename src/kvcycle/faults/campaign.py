@@ -80,13 +80,16 @@ class Campaign:
     def __init__(self, engine: Any, profile: Profile, progress: Callable[[str], None] = lambda _line: None) -> None:
         self.target = Target(engine, KVCache(engine))
         self.progress = progress
-        # Short, and with a threshold that a busy machine does not reach by itself: the stall that is planted does.
+        # Short, and with a threshold half-way between a warm generation on a busy machine and one that compiles: the
+        # stall that is planted exceeds it, and so does what compiles, which takes two thirds of the first or more.
         self.profile = profile.model_copy(
             update={
                 "cycle": profile.cycle.model_copy(
                     update={"cycles": 1, "max_new_tokens": 8, "warm_generates": 1, "release_weights": True}
                 ),
-                "thresholds": profile.thresholds.model_copy(update={"latency_factor_of_warm": 10.0}),
+                "thresholds": profile.thresholds.model_copy(
+                    update={"latency_factor_of_warm": 10.0, "latency_fraction_of_cold": 0.4}
+                ),
             }
         )
 
