@@ -1,88 +1,24 @@
-"""Files that lie: each is refused in a sentence or judged and not passed, and none reaches the terminal as it is."""
+"""Files that lie: each is refused in a sentence, or judged and not passed."""
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from rich.console import Console
-from typer.testing import CliRunner
 
 from kvcycle import record_file
 from kvcycle.checks import judge, passed
-from kvcycle.cli import app
 from kvcycle.errors import RecordError
 from kvcycle.profile import MAX_CYCLES
 from kvcycle.record import Record
 from kvcycle.record_limits import MAX_CANARIES, MAX_DEVICES
-from kvcycle.report import page, terminal
-from kvcycle.text import printable
-from tests.unit.records import good_record
+from tests.unit.spoiled import GOOD, JSON, not_passed, path, raw, refused, set_at
 
-GOOD = good_record(cycles=1, devices=2)
-JSON = GOOD.to_json()
-
-#: What an attacker, or a careless tool, would put where text belongs: escape sequences, markup, line breaks, bidi.
-EVIL = "\x1b]0;owned\x07\x1b[2J[bold]x[/bold][/]\n\r\t\x00\x7f\x9b31m\u202e\u2028:bomb:\\"
-#: The only characters that the terminal may be sent for it.
-SHOWN = "\\x1b]0;owned\\x07\\x1b[2J[bold]x[/bold][/]\\n\\r\\t\\x00\\x7f\\x9b31m\\u202e\\u2028:bomb:\\"
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "record.json"
-
-
-@pytest.fixture
-def raw() -> dict[str, Any]:
-    """A good record's JSON, to be spoiled."""
-    read: dict[str, Any] = json.loads(JSON)
-    return read
-
-
-def set_at(raw: Any, place: str, value: object) -> None:
-    *parents, last = (int(part) if part.isdigit() else part for part in place.split("."))
-    for part in parents:
-        raw = raw[part]
-    raw[last] = value
-
-
-def refused(path: Path) -> str:
-    """The sentence, from the command line: exit code 2, nothing else printed, and no traceback."""
-    result = CliRunner().invoke(app, ["report", str(path)])
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert isinstance(result.exception, SystemExit)
-    assert result.stderr.endswith((".\n", "?\n"))
-    assert harmless(result.stderr)
-    with_good = path.parent / "good.json"
-    GOOD.save(with_good)
-    for pair in ([path, with_good], [with_good, path]):
-        compared = CliRunner().invoke(app, ["compare", *map(str, pair)])
-        assert (compared.exit_code, compared.stdout, compared.stderr) == (2, "", result.stderr)
-    return result.stderr.removesuffix("\n")
-
-
-def not_passed(path: Path) -> str:
-    """What the command line prints of a record that it reads and that does not pass."""
-    result = CliRunner().invoke(app, ["report", str(path)])
-    assert result.exit_code == 1
-    assert harmless(result.stdout)
-    assert "FAILED [" in result.stdout
-    return result.stdout
-
-
-def harmless(text: str) -> bool:
-    """Whether every character is one that a terminal shows."""
-    return all(character.isprintable() or character == "\n" for character in text)
-
+__all__ = ["path", "raw"]
 
 # No record at all ----------------------------------------------------------------------------------------------------
 
@@ -428,169 +364,3 @@ def test_a_profile_asks_for_cycles_that_are_not_there(raw: dict[str, Any], path:
     assert "inconclusive cycles.no_growth: cycle1: the run ended before this cycle." in text
     assert "    and 998 alike: cycles 2–999\n" in text
     assert "999 inconclusive" in text
-
-
-# Text that would steer the terminal ----------------------------------------------------------------------------------
-
-
-def everywhere(raw: dict[str, Any]) -> None:
-    """Puts the evil text wherever a record has free text that is shown."""
-    raw["profile"]["name"] = EVIL
-    raw["stack"] = dict.fromkeys(raw["stack"], EVIL)
-    for device in raw["devices"]:
-        device["kind"] = EVIL
-    raw["kv"] |= {"predicted_by": EVIL, "predicted_how": EVIL, "claimed_bytes": 1}
-    raw["kv"]["pools"][0]["type"] = EVIL
-    phases = {phase["name"]: phase["info"] for phase in raw["cycles"][0]["phases"]}
-    phases["sglang_param_dict2_ready"]["error"] = EVIL
-    rebuild = phases["kv_cache_rebuilt"]
-    slot, layout = rebuild["layouts_after"].popitem()
-    rebuild["layouts_before"] |= {EVIL: layout}
-    rebuild["layouts_after"] |= {EVIL: layout | {"dtype": EVIL}, slot: layout}
-    rebuild |= {"moved_owners": [EVIL], "nonzero_slots": [EVIL]}
-
-
-def test_no_text_of_a_record_steers_the_terminal(raw: dict[str, Any], path: Path) -> None:
-    everywhere(raw)
-    path.write_text(json.dumps(raw))
-    text = "".join(not_passed(path).split())
-    for part in (
-        f"FAILED [simulated-on-cpu] {SHOWN} on 2 {SHOWN} devices, sglang-jax {SHOWN}, jax {SHOWN}: ",
-        f"predicted by {SHOWN}: {SHOWN}",
-        f"fail params2.fits: cycle0: {SHOWN}",
-        f"first: {SHOWN}: dtype was bfloat16 and is {SHOWN}: 1, expected 0.",
-        f"first: {SHOWN}: 1, expected 0.",
-        f"predicted by {SHOWN}: 1 B, expected",
-    ):
-        assert part.replace(" ", "") in text
-
-
-def test_own_colors_are_the_only_escapes_of_a_terminal(raw: dict[str, Any]) -> None:
-    everywhere(raw)
-    record = Record.model_validate_json(json.dumps(raw))
-    buffer = io.StringIO()
-    terminal.show(record, judge(record), Console(file=buffer, force_terminal=True, highlight=False))
-    text = buffer.getvalue()
-    assert "\x1b[1;31mFAILED\x1b[0m" in text
-    assert harmless(re.sub(r"\x1b\[[0-9;]*m", "", text))
-
-
-def test_verdicts_of_others_do_not_steer_the_terminal_either(raw: dict[str, Any]) -> None:
-    verdict = {"id": EVIL, "scope": EVIL, "message": EVIL, "causes": [EVIL]}
-    raw["checks"] = [verdict | {"verdict": outcome} for outcome in ("pass", "fail", "inconclusive", "not-run")]
-    record = Record.model_validate_json(json.dumps(raw))
-    buffer = io.StringIO()
-    terminal.show(record, record.checks, Console(file=buffer, width=500, highlight=False))
-    assert harmless(buffer.getvalue())
-    assert f"fail {SHOWN}: {SHOWN}\n    likely: {SHOWN}\n" in buffer.getvalue()
-    assert f"not run: {SHOWN}: {SHOWN}\n" in buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("place", "sentence"),
-    [
-        (f"{EVIL}", f"{SHOWN}: Extra inputs are not permitted (1 in all)."),
-        ("evidence", "evidence: Input should be 'measured-on-tpu', "),
-        ("cycles.0.phases.3.info.kind", f"cycles.0.phases.3.info: Input tag '{SHOWN}' found using 'kind' does"),
-        (
-            f"cycles.0.phases.3.devices.0.by_owner.{EVIL}",
-            f"cycles.0.phases.3.devices.0.by_owner.{SHOWN}.[key]: Input should be 'weights', 'kv', ",
-        ),
-    ],
-)  # fmt: skip
-def test_a_refusal_shows_what_it_quotes_harmlessly(place: str, sentence: str, raw: dict[str, Any], path: Path) -> None:
-    set_at(raw, place, EVIL)
-    path.write_text(json.dumps(raw))
-    assert refused(path).startswith(f"{path} is not a valid record: {sentence}")
-
-
-@given(text=st.text(max_size=20))
-def test_any_text_is_made_printable(text: str) -> None:
-    shown = printable(text)
-    assert shown.isprintable()
-    assert printable(shown) == shown
-
-
-@pytest.mark.parametrize("text", ["2.25 GiB (2,415,992,832 B)", "P('data', None) over {'data': 1}", "…×–’ ☃ 语"])
-def test_plain_text_is_left_alone(text: str) -> None:
-    assert printable(text) == text
-
-
-# Anything at all -----------------------------------------------------------------------------------------------------
-
-
-def places(value: object, here: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Every place in a JSON value, the whole first."""
-    yield here
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, entry in entries:
-        yield from places(entry, (*here, key))
-
-
-BOTH = [json.loads(good_record(cycles=1, devices=2, allocator=allocator).to_json()) for allocator in (False, True)]
-PLACES = [list(places(read)) for read in BOTH]
-
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(-5, 5)
-    | st.sampled_from([2**31, 2**63 - 1, 2**63, -(2**63), 10**30, 10**400])
-    | st.floats()
-    | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-    | st.sampled_from([*PLACES[0][1:][:3], "ledger", "rss", "warm", "pass", "kv_cache_dropped", EVIL])
-)
-anything = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-@st.composite
-def spoiled(draw: st.DrawFn) -> Any:
-    """A good record's JSON with up to three values replaced, removed, or copied from elsewhere in it."""
-    which = draw(st.integers(0, 1))
-    value: Any = copy.deepcopy(BOTH[which])
-    for _ in range(draw(st.integers(1, 3))):
-        place = draw(st.sampled_from(PLACES[which]))
-        if not place:
-            continue
-        parent = value
-        try:
-            for part in place[:-1]:
-                parent = parent[part]
-            change: Callable[[], object] = draw(
-                st.sampled_from([lambda: draw(anything), lambda: at(BOTH[which], draw(st.sampled_from(PLACES[which])))])
-            )
-            if draw(st.booleans()):
-                parent[place[-1]] = change()
-            else:
-                del parent[place[-1]]
-        except (KeyError, IndexError, TypeError):
-            continue  # an earlier change has taken the place away
-    return value
-
-
-def at(value: Any, place: tuple[str | int, ...]) -> Any:
-    for part in place:
-        value = value[part]
-    return value
-
-
-@settings(max_examples=150)
-@given(value=spoiled())
-def test_any_change_is_refused_or_judged(value: object, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.getbasetemp() / "spoiled.json"
-    path.write_text(json.dumps(value))
-    try:
-        record = Record.load(path)
-    except RecordError as error:
-        assert harmless(str(error))  # noqa: PT017 - it need not be refused
-        return
-    verdicts = judge(record)
-    buffer = io.StringIO()
-    terminal.show(record, verdicts, Console(file=buffer, width=80, highlight=False))
-    assert harmless(buffer.getvalue())
-    assert harmless(page.draw(record, verdicts))
-    path.write_text(record.to_json())
-    assert judge(Record.load(path)) == verdicts
