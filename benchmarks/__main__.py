@@ -28,9 +28,11 @@ from kvcycle.report.terminal import console as make_console
 MISSED, NOT_RESOLVED = 1, 3
 
 _ROOT = Path(__file__).resolve().parent.parent
-#: At full size; the limit of 36 layers, of as much for the limit, and of the engine.
+#: At full size: the KV cache, as much for another way's arrays, as much for the limit, and the engine.
 _LEAST_MEMORY_BYTES = 8 * 2**30
 _LAST_WORDS = 15
+#: Ten times what the longest took on slow cores: one that takes longer does not end.
+_LIMIT_S = 1800.0
 _ONLY = "a scenario by name; repeatable. Only when named: " + ", ".join(sorted({*SCENARIOS} - {*WHOLE_RUN}))
 
 
@@ -58,15 +60,25 @@ def main(
         names = _chosen(only or [])
         _check_memory(scale.value)
         run_dir = new_run_dir(report_dir)
-        scenarios = []
+        scenarios: list[Scenario] = []
+        failures: list[KVCycleError] = []
         for name in names:
             say(name)
-            scenarios.append(_run(name, scale.value, run_dir))
+            try:
+                scenarios.append(_run(name, scale.value, run_dir))
+            except KVCycleError as error:
+                say(f"{name} failed; the others are measured all the same")
+                failures.append(error)
+        if not scenarios:
+            raise failures[0]
     report = _report(scenarios)
     (run_dir / "bench.json").write_text(report.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
     chart.write(report, run_dir / "bench.html")
     table.show(report, console)
     console.print(f"Reports: {run_dir} (bench.html has the curves, bench.json every round)", soft_wrap=True)
+    with sentences():
+        if failures:
+            raise KVCycleError("\n".join(map(str, failures)))
     outcomes = report.outcomes()
     if "missed" in outcomes:
         raise typer.Exit(MISSED)
@@ -110,7 +122,10 @@ def _run(name: str, scale: Scale, run_dir: Path) -> Scenario:
         ) as process,
     ):
         try:
-            code = process.wait()
+            code = process.wait(_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            raise KVCycleError(f"The scenario {name} did not end within {_LIMIT_S:g} s; its log is {log}.") from None
         except BaseException:
             process.terminate()  # the guard hands it on: nothing is left that measures on
             raise

@@ -43,7 +43,7 @@ def _ratios(report: Report) -> Any:
         return None
     plot = Plot()
     labels = [f"{figure.name}<br><i>{scenario.title.split(':')[0]}</i>" for scenario, figure in rows]
-    outcomes = [figure.outcome(scenario.others_share) for scenario, figure in rows]
+    outcomes = [figure.outcome(not scenario.why_no_result) for scenario, figure in rows]
     for outcome in dict.fromkeys(outcomes):
         chosen = [index for index, one in enumerate(outcomes) if one == outcome]
         found = [rows[index][1].interval for index in chosen]

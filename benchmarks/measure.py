@@ -23,7 +23,12 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 def in_turn(
-    ways: Mapping[str, Way], rounds: int, *, counts: Callable[[], bool] = lambda: True, spare: int = 0
+    ways: Mapping[str, Way],
+    rounds: int,
+    *,
+    counts: Callable[[], bool] = lambda: True,
+    spare: int = 0,
+    left_out: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Run every way once a round, every other round in the opposite order.
 
@@ -32,6 +37,7 @@ def in_turn(
         rounds: how many that count.
         counts: asked after each round; may look at anything but what the ways took.
         spare: how many rounds may be left out; when they are used up, every round counts.
+        left_out: called after each round that is.
 
     Returns:
         The seconds of every round that counts, by way.
@@ -44,6 +50,7 @@ def in_turn(
         number += 1
         if not counts() and spare:
             spare -= 1
+            left_out()
             continue
         rounds -= 1
         for name in ways:

@@ -24,9 +24,10 @@ from kvcycle.text import exact_bytes
 _PAGE_BYTES = 4096
 #: The states in which a rebuild is held against the limit, memory that is mapped already.
 _LIMITED: tuple[PageState, ...] = ("default", "mapped")
-_ONE = " by one thread"
-#: Rounds that may be left out, since they mapped pages where none should be, and what one may map all the same.
-SPARE_ROUNDS, _FEW_PAGES = 8, 0.01
+#: Rounds that may be left out, since they mapped pages where none should be.
+SPARE_ROUNDS = 8
+#: What a round may map all the same: so much of the KV cache, and a hundred pages of Python's own.
+_FEW, _FEW_PAGES = 0.01, 100
 
 
 def run(sizes: Sizes, pages: PageState) -> Scenario:
@@ -49,12 +50,14 @@ def run(sizes: Sizes, pages: PageState) -> Scenario:
     if region is not None:
         region.unmap()
     size = found[0].kv.bytes
+    strays = sum(ways.strays for ways in found)
     return Scenario(
         name=f"rebuild-{pages}",
         title=f"{TITLES[pages]}: {sizes.layers} layers, {exact_bytes(size)}, {engines.DEVICES} devices",
         figures=tuple(_figures(found, boots, pages)),
         seconds=busy.seconds,
         others_share=busy.others_share,
+        disturbed=f"{strays} rounds mapped pages where every page should be mapped already" if strays else "",
     )
 
 
@@ -77,6 +80,8 @@ class _Ways:
         self.compiles: list[int] = []
         self.compiles_elsewhere = 0
         self.mapped_before = 0
+        #: Rounds that count and are not of the state, when no more could be left out.
+        self.strays = 0
         self.first_s = 0.0
         self.seconds: dict[str, list[float]] = {}
 
@@ -110,26 +115,37 @@ class _Ways:
             for name, seconds in in_turn(ways | {"fresh jit": self.fresh_jit}, jit_rounds).items():
                 self.seconds[name] = [*self.seconds.get(name, ()), *seconds]
             return
-        self.seconds = in_turn(ways, rounds, counts=self._counts, spare=spare)
+        self.seconds = in_turn(ways, rounds, counts=self._is_of_its_state, spare=spare, left_out=self._leave_out)
         if self.pages == "mapped":
             self.fresh_jit()  # not timed: that the counter sees compilations
 
-    def _forget_notes(self, kept: int = 0) -> None:
-        """Keep the notes of so many rounds; the next begins."""
-        for notes in (self.drops, self.deletes, self.unmaps, self.faults, self.user_s, self.system_s):
-            del notes[kept:]
+    def _notes(self) -> tuple[list[float], ...]:
+        """What is noted of every round."""
+        return self.drops, self.deletes, self.unmaps, self.faults, self.user_s, self.system_s
+
+    def _forget_notes(self) -> None:
+        """None of the rounds so far counts; the next begins."""
+        for notes in self._notes():
+            notes.clear()
         self.mapped_before = used().faults
 
-    def _counts(self) -> bool:
-        """Whether the round that has ended is of its state; the notes of one that is not are taken back."""
-        counts = self.pages != "mapped" or self._mapped_none()
-        self._forget_notes(len(self.drops) - (not counts))
-        return counts
+    def _is_of_its_state(self) -> bool:
+        """Whether the round that has ended is; the next begins."""
+        is_of_it = self.pages != "mapped" or self._mapped_none()
+        self.strays += not is_of_it
+        self.mapped_before = used().faults
+        return is_of_it
+
+    def _leave_out(self) -> None:
+        """The round that has ended does not count."""
+        self.strays -= 1
+        for notes in self._notes():
+            del notes[-1:]
 
     def _mapped_none(self) -> bool:
         """Whether the round that has ended mapped none of its pages, or nearly none."""
-        mapped = (used().faults - self.mapped_before) * _PAGE_BYTES
-        return mapped < _FEW_PAGES * self.kv.bytes
+        few = max(_FEW_PAGES, _FEW * self.kv.bytes / _PAGE_BYTES)
+        return used().faults - self.mapped_before < few
 
     def rebuild(self) -> float:
         """kvcycle's: drop, and the seconds of the rebuild."""
@@ -221,8 +237,8 @@ def _figures(found: list[_Ways], boots: list[float], pages: PageState) -> list[F
     ]
     if own_memory:
         figures += [
-            Figure(name=f"rebuild ÷ {other}", unit="x", rounds=ratios(rebuilds, rounds(other.removesuffix(_ONE))))
-            for other in ("fill by every core", f"memset{_ONE}")
+            Figure(name=f"rebuild ÷ {label}", unit="x", rounds=ratios(rebuilds, rounds(way)))
+            for way, label in {"fill by every core": "fill by every core", "memset": "memset by one thread"}.items()
         ]
     if "own loop" in found[0].seconds:
         loops, target = rounds("own loop"), None

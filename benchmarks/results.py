@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.stats import CONFIDENCE, Interval, Outcome, PowerLaw, Sense, interval, outcome, power_law
+from benchmarks.stats import Interval, Outcome, PowerLaw, Sense, interval, outcome, power_law
 
 #: Of the machine's cores, what others may take before nothing that was measured meanwhile is called a result.
 QUIET = 0.05
 
-Unit = Literal["x", "ms", "s", "%", "compilations", "calls"]
+Unit = Literal["x", "ms", "%", "compilations", "calls"]
 
 
 class _Part(BaseModel):
@@ -50,15 +50,15 @@ class Figure(_Part):
         """The median of the rounds and its interval."""
         return interval(self.rounds)
 
-    def outcome(self, others_share: float) -> Outcome | None:
-        """Whether the target is met, while others took so much of the machine; None without a target."""
+    def outcome(self, is_result: bool = True) -> Outcome | None:
+        """Whether the target is met, by what is a result or not (see :class:`Scenario`); None without a target."""
         if self.target is None:
             return None
         if self.unit == "compilations":  # counted, not timed: no round may be off, and no load excuses one
             return "met" if max(self.rounds) <= self.target.limit else "missed"
-        if others_share > QUIET:
+        if not is_result:
             return "not resolved"
-        found = outcome(self.interval, self.target.sense, self.target.limit, confidence=CONFIDENCE)
+        found = outcome(self.interval, self.target.sense, self.target.limit)
         return "out of reach" if found != "met" and self.target.is_out_of_reach() else found
 
 
@@ -97,6 +97,19 @@ class Scenario(_Part):
     seconds: float
     #: What other processes, and a hypervisor, took of the machine's cores meanwhile.
     others_share: float
+    #: Why the rounds are not of the state that they are meant to be of; "" if they are.
+    disturbed: str = ""
+
+    @property
+    def why_no_result(self) -> str:
+        """Why nothing that was timed is a result; "" if it is."""
+        if self.others_share > QUIET:
+            return f"others took {self.others_share:.0%} of the cores meanwhile (limit {QUIET:.0%})"
+        return self.disturbed
+
+    def outcomes(self) -> list[tuple[Figure, Outcome | None]]:
+        """Every figure with its outcome."""
+        return [(figure, figure.outcome(not self.why_no_result)) for figure in self.figures]
 
 
 class Report(_Part):
@@ -112,5 +125,4 @@ class Report(_Part):
 
     def outcomes(self) -> list[Outcome]:
         """The outcome of every target."""
-        found = [figure.outcome(scenario.others_share) for scenario in self.scenarios for figure in scenario.figures]
-        return [one for one in found if one is not None]
+        return [found for scenario in self.scenarios for _, found in scenario.outcomes() if found is not None]

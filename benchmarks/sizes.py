@@ -26,10 +26,11 @@ class Sizes:
     arrays: tuple[int, ...]
     arrays_by_device: int
     devices: tuple[int, ...]
-    #: Of every point of the curves; of the one that has the target, which takes milliseconds; of the largest, which
-    #: takes most of the time.
+    #: Of every point of the curves; of the one that has the target, which takes milliseconds; of that one again and of
+    #: ten times as many arrays, in turn; of the largest, which takes most of the time.
     snapshot_rounds: int
     snapshot_target_rounds: int
+    snapshot_linear_rounds: int
     snapshot_largest_rounds: int
     kv_bytes: tuple[int, ...]
     kv_layers: tuple[int, ...]
@@ -56,6 +57,7 @@ SIZES: dict[Scale, Sizes] = {
         devices=(1, 2, 4, 8, 16),
         snapshot_rounds=5,
         snapshot_target_rounds=30,
+        snapshot_linear_rounds=8,
         snapshot_largest_rounds=2,
         kv_bytes=tuple(64 * MIB * 2**n for n in range(7)),
         kv_layers=(4, 10, 20, 40, 80),
@@ -78,6 +80,7 @@ SIZES: dict[Scale, Sizes] = {
         devices=(1, 2),
         snapshot_rounds=2,
         snapshot_target_rounds=4,
+        snapshot_linear_rounds=2,
         snapshot_largest_rounds=2,
         kv_bytes=(MIB, 2 * MIB),
         kv_layers=(1, 2),

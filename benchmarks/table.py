@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.results import QUIET, Curve, Report, Scenario, Target
+from benchmarks.results import Curve, Report, Scenario, Target
 from benchmarks.stats import Outcome
 
 _STYLE: dict[Outcome, str] = {"met": "green", "missed": "bold red", "not resolved": "yellow", "out of reach": "cyan"}
-_UNITS = {"x": " x", "ms": " ms", "s": " s", "%": " %", "compilations": "", "calls": ""}
+_UNITS = {"x": " x", "ms": " ms", "%": " %", "compilations": "", "calls": ""}
 
 
 def show(report: Report, console: Console) -> None:
@@ -22,17 +22,16 @@ def show(report: Report, console: Console) -> None:
     console.print(f"Benchmarks ({report.evidence}): {versions}, {report.cores} cores", style="bold")
     for scenario in report.scenarios:
         console.print()
-        console.print(Text(scenario.title, style="bold"))
+        console.print(Text.assemble((scenario.title, "bold"), f"  ({scenario.seconds:.0f} s)"))
         if scenario.figures:
             console.print(_figures(scenario))
         if scenario.curves:
             console.print(_curves(scenario.curves))
-        if scenario.others_share > QUIET:
-            console.print(
-                f"  NOT A RESULT: others took {scenario.others_share:.0%} of the cores meanwhile (limit {QUIET:.0%}).",
-                style="yellow",
-            )
+        if scenario.why_no_result:
+            console.print(f"  NOT A RESULT: {scenario.why_no_result}.", style="yellow")
     console.print()
+    measured_s = sum(scenario.seconds for scenario in report.scenarios)
+    console.print(f"Measured in {measured_s:.0f} s, without starting python for each.")
     console.print(Text(summary(report), style="bold"))
 
 
@@ -60,8 +59,8 @@ def _figures(scenario: Scenario) -> Table:
     table.add_column("n", justify="right", no_wrap=True)
     table.add_column("target", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for figure in scenario.figures:
-        found, outcome = figure.interval, figure.outcome(scenario.others_share)
+    for figure, outcome in scenario.outcomes():
+        found = figure.interval
         table.add_row(
             Text(figure.name),
             number(found.median) + _UNITS[figure.unit],

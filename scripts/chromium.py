@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,11 +46,13 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[Chrome]:
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         browser = Chrome(options=options, service=Service(str(shutil.which("chromedriver"))))
+        processes: list[psutil.Process] = []
         try:
             resize(browser, width, height)
             yield browser
         finally:
-            processes = psutil.Process(browser.service.process.pid).children(recursive=True)
+            with suppress(psutil.NoSuchProcess):  # it has ended by itself
+                processes = psutil.Process(browser.service.process.pid).children(recursive=True)
             browser.quit()
             psutil.wait_procs(processes, timeout=60)  # one that lives on still writes to the profile
 

@@ -13,6 +13,7 @@ import gc
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -24,8 +25,7 @@ from kvcycle.platform import return_freed_memory
 #: Of this process; Linux only.
 _THREADS = Path("/proc/self/task")
 
-#: After so much of the looker's own processor time a sample is taken although a thread is busy: something runs here
-#: that has nothing to do with the engine. Not by the clock, which goes on while nothing of this process may run.
+#: After which a sample is taken although a thread is busy: something runs here that has nothing to do with the engine.
 _LIMIT_S = 1.0
 
 
@@ -60,10 +60,10 @@ def collect_garbage() -> None:
     ``gc.collect()`` does nothing while another thread's collection is under way, as it may be whenever that thread lets
     go of the interpreter in a finalizer; then it is asked again.
     """
-    deadline = time.thread_time() + _LIMIT_S
+    is_over = _over(_LIMIT_S)
     before = _full_collections()
     gc.collect()
-    while _full_collections() == before and time.thread_time() < deadline:
+    while _full_collections() == before and not is_over():
         time.sleep(0)  # the other thread goes on
         gc.collect()
 
@@ -76,24 +76,31 @@ def wait_for_other_threads(limit_s: float = _LIMIT_S, threads: Path = _THREADS) 
     """Wait until two looks in a row find every other thread of this process asleep.
 
     Args:
-        limit_s: of this thread's processor time, after which to go on.
+        limit_s: after which to go on, by the clock and of this process's processor time: the first goes on while
+            nothing of this process may run, the second faster than the clock where several of its threads do.
         threads: where the system lists them; without it (not Linux) there is nothing to wait for.
 
     Returns:
         Whether they sleep.
     """
     own = str(threading.get_native_id())
-    deadline = time.thread_time() + limit_s
+    is_over = _over(limit_s)
     quiet_looks = 0
     while quiet_looks < 2:
         if not threads.is_dir():
             return True
         busy = any(_is_busy(thread) for thread in threads.iterdir() if thread.name != own)
         quiet_looks = 0 if busy else quiet_looks + 1
-        if busy and time.thread_time() > deadline:
+        if busy and is_over():
             return False
         time.sleep(0)  # a thread that waits for the interpreter sleeps too, and shall have it between two looks
     return True
+
+
+def _over(limit_s: float) -> Callable[[], bool]:
+    """Whether so long has passed from now on, by the clock and of this process's processor time."""
+    by_clock, by_use = time.monotonic() + limit_s, time.process_time() + limit_s
+    return lambda: time.monotonic() > by_clock and time.process_time() > by_use
 
 
 def _is_busy(thread: Path) -> bool:

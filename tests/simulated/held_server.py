@@ -1,4 +1,4 @@
-"""``kvcycle.serve`` in which requests last as long as a test needs: no token is decoded while a file is there.
+"""``kvcycle.serve`` in which requests last as long as a test needs: while a file is there each token takes a message.
 
 The scheduler's process imports this module as well, since it imports whatever the server was started from.
 """
@@ -21,7 +21,7 @@ _run_batch, _withdraw = Scheduler.run_batch, service.Service._withdraw
 
 
 def _run_when_let(scheduler: Any, batch: Any) -> Any:
-    """Each message lets one batch go: it is answered between two batches."""
+    """Wait for a message, or for the file to go: messages are answered between two batches."""
     poller = zmq.Poller()
     for socket in (scheduler.recv_from_rpc, scheduler.recv_from_tokenizer):
         poller.register(socket, zmq.POLLIN)

@@ -22,7 +22,7 @@ import psutil
 from kvcycle.profile import Profile
 
 API_KEY = "of this test only"
-#: Names a file to all processes of ``held_server``; while it is there no token is decoded.
+#: Names a file to all processes of ``held_server``; while it is there a token is decoded only when a message came.
 HELD = "KVCYCLE_TEST_HELD"
 #: What the file says if it is to go once a call was withdrawn.
 UNTIL_WITHDRAWN = "until a call was withdrawn"
@@ -75,12 +75,14 @@ class Server:
         deadline = time.monotonic() + 60
         while any(self.state()["requests"][place] != number for place, number in counts.items()):
             assert time.monotonic() < deadline, self.state()
+            time.sleep(0.02)
 
     def until_resident(self, at_most: float) -> None:
         """Wait until the operating system has taken back what the scheduler's process has freed."""
         deadline = time.monotonic() + 60
         while (rss := self.scheduler_rss_bytes()) > at_most:
             assert time.monotonic() < deadline, rss
+            time.sleep(0.02)
 
     def scheduler(self) -> psutil.Process:
         """The process that holds the engine."""

@@ -267,7 +267,7 @@ def test_a_busy_engine_keeps_everything(live_engine: Any, occupation: kvcycle.Me
                 prompt="Hello", sampling_params={"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
             )
         )
-        while not hold.reached.is_set():
+        while not hold.reached.is_set() and not request.done():
             await asyncio.sleep(0)
         with pytest.raises(EngineBusyError) as caught:
             await live_engine.async_release_memory_occupation(tags=["kv_cache", "weights"])

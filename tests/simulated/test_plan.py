@@ -298,6 +298,7 @@ def test_the_reference_model_has_the_references_bytes() -> None:
     assert sums["kv_cache_dropped"] - sums["flush_cache_before_kv_drop"] == -2_415_992_832
     changes = noted.changes()
     assert {name: sums[name] - sums[before] for before, name in pairwise(PHASES) if name in changes} == changes
+    assert found.peak_rss_bytes < 2 * 2**30
 
 
 def with_tokens(profile: Profile, tokens: int) -> Profile:

@@ -48,7 +48,7 @@ def booted(profile: Profile, folder: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def held(folder: Path) -> Iterator[Path]:
-    """While this file is there, requests stay as they are."""
+    """While this file is there a request gets a token for each message only: it outlasts what a test does."""
     file = folder / "held"
     file.touch()
     yield file

@@ -10,6 +10,8 @@ from hypothesis import settings
 
 from kvcycle import checkpoint
 
+pytest.register_assert_rewrite("tests.unit.spoiled")
+
 # The same examples everywhere and every time: what fails in CI fails here. A deadline would be a timed test.
 settings.register_profile("kvcycle", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.load_profile("kvcycle")

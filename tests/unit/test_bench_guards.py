@@ -57,7 +57,7 @@ def judged(replays: list[Replay], repeat: int) -> Outcome | None:
     found = overhead.figures({"bare": same, "guarded": same, "own": own}, CALLS)
     judged = [figure for figure in found if figure.target]
     assert [figure.name for figure in judged] == ["generation + guards' own time ÷ generation"]
-    return judged[0].outcome(0.0)
+    return judged[0].outcome()
 
 
 @pytest.mark.parametrize(("more", "expected"), [(lambda: time.sleep(SLOW_S), "missed"), (lambda: None, "met")])

@@ -22,6 +22,7 @@ from benchmarks.one import SCENARIOS
 from benchmarks.results import QUIET, Curve, Figure, Point, Report, Scenario, Target
 from benchmarks.sizes import SIZES
 from benchmarks.stats import Outcome
+from kvcycle.errors import KVCycleError
 
 
 def scenario(*rounds: float, name: str = "rebuild-default", others_share: float = 0.0) -> Scenario:
@@ -78,6 +79,12 @@ def test_a_noisy_run_is_no_result(rounds: tuple[float, ...], others: float, expe
     assert ("NOT A RESULT: others took 6% of the cores meanwhile (limit 5%)." in text) == (others > QUIET)
 
 
+def test_rounds_that_are_not_of_their_state_are_no_result() -> None:
+    found = report(scenario(*MET).model_copy(update={"disturbed": "3 rounds mapped pages"}))
+    assert found.outcomes() == ["not resolved"]
+    assert "NOT A RESULT: 3 rounds mapped pages." in shown(found)
+
+
 @pytest.mark.parametrize(
     ("rounds", "best", "expected"),
     [
@@ -94,16 +101,16 @@ def test_a_target_that_the_machine_itself_misses_is_out_of_reach(
     rounds: tuple[float, ...], best: tuple[float, ...], expected: Outcome
 ) -> None:
     figure = Figure(name="x", unit="x", rounds=rounds, target=Target(sense="at most", limit=1.5, best=best))
-    assert figure.outcome(0.0) == expected
+    assert figure.outcome() == expected
     found = report(scenario(*MET).model_copy(update={"figures": (figure,)}))
     assert ("all cores together could not do it" in table.summary(found)) == (expected == "out of reach")
 
 
 def test_one_compilation_in_one_round_misses_however_noisy_the_run_was() -> None:
     none = Figure(name="compilations", unit="compilations", rounds=(0,) * 9, target=Target(sense="at most", limit=0))
-    assert none.outcome(0.9) == "met"
-    assert none.model_copy(update={"rounds": (0,) * 8 + (1,)}).outcome(0.0) == "missed"
-    assert none.model_copy(update={"target": None}).outcome(0.0) is None
+    assert none.outcome(is_result=False) == "met"
+    assert none.model_copy(update={"rounds": (0,) * 8 + (1,)}).outcome() == "missed"
+    assert none.model_copy(update={"target": None}).outcome() is None
 
 
 @pytest.mark.parametrize("width", [80, 110])
@@ -121,6 +128,8 @@ def test_the_table_has_every_number_whole(width: int) -> None:
     ):
         assert part in text
     assert "simulated-on-cpu" in text
+    assert "default malloc: 36 layers  (1 s)" in text
+    assert "Measured in 1 s" in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
 
@@ -221,6 +230,29 @@ def test_a_scenario_that_fails_is_told_with_its_last_words(tmp_path: Path, monke
     assert "KeyError: 'broken'" in ended.output
 
 
+def test_one_scenario_that_fails_takes_nothing_from_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(name: str, *_: object) -> Scenario:
+        if name == "curves":
+            raise KVCycleError("The scenario curves ended with exit code 1.")
+        return scenario(*MISSED, name=name)
+
+    monkeypatch.setattr(command, "_run", run)
+    monkeypatch.setattr(command, "_check_memory", lambda _scale: None)
+    only = ["--only", "snapshots", "--only", "curves", "--only", "overhead"]
+    ended = CliRunner().invoke(command.app, [*only, "--report-dir", str(tmp_path)])
+    assert ended.exit_code == 2
+    assert "2 missed" in ended.output
+    assert ended.output.rstrip().endswith("The scenario curves ended with exit code 1.")
+    kept = Report.model_validate_json((tmp_path / "latest" / "bench.json").read_text(encoding="utf-8"))
+    assert [found.name for found in kept.scenarios] == ["snapshots", "overhead"]
+
+
+def test_a_scenario_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_LIMIT_S", 0.01)
+    with pytest.raises(KVCycleError, match=r"curves did not end within 0\.01 s; its log is .*curves\.log\."):
+        command._run("curves", "small", tmp_path)
+
+
 def test_an_interrupted_run_leaves_nothing_that_measures_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
 
@@ -231,7 +263,7 @@ def test_an_interrupted_run_leaves_nothing_that_measures_on(tmp_path: Path, monk
         def __exit__(self, *_: object) -> None:
             ended.append("awaited")
 
-        def wait(self) -> int:
+        def wait(self, _timeout: float) -> int:
             raise KeyboardInterrupt
 
         def terminate(self) -> None:
@@ -264,8 +296,13 @@ def test_every_other_round_runs_in_the_opposite_order() -> None:
 def test_a_round_that_does_not_count_is_taken_again_while_there_are_spare_ones() -> None:
     took = iter(range(10))
     verdicts = iter([True, False, False, False, True])
-    found = measure.in_turn({"a": lambda: float(next(took))}, 3, counts=lambda: next(verdicts), spare=2)
+    left_out: list[bool] = []
+    found = measure.in_turn(
+        {"a": lambda: float(next(took))}, 3,
+        counts=lambda: next(verdicts), spare=2, left_out=lambda: left_out.append(True),
+    )  # fmt: skip
     assert found == {"a": [0.0, 3.0, 4.0]}, "the third that does not count finds no spare one"
+    assert left_out == [True] * 2
 
 
 def test_a_point_gets_its_rounds_spread_over_the_whole() -> None:
@@ -296,7 +333,7 @@ def test_ones_own_work_is_told_from_the_machines() -> None:
     assert busy - busy_before >= own - own_before - 0.05
 
 
-@pytest.mark.parametrize("fill", [pages.Region.fill, pages.Region.memset])
+@pytest.mark.parametrize("fill", [pages.Region.fill, pages.Region.fill_by_every_core, pages.Region.memset])
 def test_the_limit_writes_every_byte(fill: Callable[[pages.Region], None]) -> None:
     region = pages.Region(3 * 4096)
     assert region._elements is not None

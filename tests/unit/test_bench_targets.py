@@ -58,7 +58,7 @@ def test_a_rebuild_that_is_hardly_faster_than_the_engines_own_loop_misses_where_
     found = {
         figure.name: figure for figure in rebuild._figures([ways("mapped", own_loop_s, every_core_s)], [20.0], "mapped")
     }
-    assert found["engine's own loop ÷ rebuild"].outcome(0.0) == expected
+    assert found["engine's own loop ÷ rebuild"].outcome() == expected
 
 
 #: What is noted of every round, beside what the ways took.
@@ -68,35 +68,41 @@ NOTES = ("drops", "deletes", "faults", "user_s", "system_s")
 def taker(pages: PageState, rounds: int) -> Any:
     """What takes rounds on an engine, without one, which its own constructor needs; with notes of so many rounds."""
     taken: Any = object.__new__(rebuild._Ways)
-    taken.kv, taken.pages, taken.mapped_before, taken.unmaps = SimpleNamespace(bytes=4096 * 1000), pages, 0, []
+    taken.kv, taken.pages, taken.unmaps = SimpleNamespace(bytes=4096 * 100_000), pages, []
+    taken.mapped_before = taken.strays = 0
     for notes in NOTES:
         setattr(taken, notes, [float(number) for number in range(rounds)])
     return taken
 
 
-@pytest.mark.parametrize(("pages", "left_out"), [("mapped", True), ("default", False)])
+@pytest.mark.parametrize(
+    ("pages", "cache_pages", "mapped", "is_of_it"),
+    [
+        ("mapped", 100_000, 999, True),  # less than a hundredth of the cache
+        ("mapped", 100_000, 1000, False),
+        ("mapped", 200, 99, True),  # a small cache: what Python itself maps
+        ("mapped", 200, 100, False),
+        ("default", 200, 10**6, True),
+    ],
+)
 def test_a_round_that_mapped_pages_is_not_one_of_mapped_pages(
-    pages: PageState, left_out: bool, monkeypatch: pytest.MonkeyPatch
+    pages: PageState, cache_pages: int, mapped: int, is_of_it: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = taker(pages, rounds=2)
-    faults = iter([5, 5, 55, 55] if left_out else [5, 55])
-    monkeypatch.setattr(rebuild, "used", lambda: Used(next(faults), 0.0, 0.0))
-    assert taken._counts() is True  # five pages are nearly none
-    assert taken._counts() is not left_out
-    kept = [0.0] if left_out else [0.0, 1.0]
-    assert [getattr(taken, notes) for notes in NOTES] == [kept] * len(NOTES)
-    assert taken.unmaps == []
+    taken.kv.bytes = 4096 * cache_pages
+    monkeypatch.setattr(rebuild, "used", lambda: Used(mapped, 0.0, 0.0))
+    assert taken._is_of_its_state() is is_of_it
+    assert taken._is_of_its_state() is True  # the next is held against its own beginning
+    assert taken.strays == (not is_of_it)
 
 
-def test_warm_rounds_end_with_the_first_that_maps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is held against its own beginning; of the rounds after them every one that maps pages is left out."""
-    taken = taker("mapped", rounds=0)
-    mapped, seconds = 0, iter(range(100))
-    of_rounds = iter([900, 900, 0, 0, 900, 0])  # two warm rounds too many, one that is warm; of three one is left out
+def in_rounds(taken: Any, of_rounds: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take two rounds that count; the rounds map so many pages, and the engine's loop takes 0, 1, 2, … seconds."""
+    mapped, seconds, left = 0, iter(range(100)), iter(of_rounds)
 
     def one_round() -> float:
         nonlocal mapped
-        mapped += next(of_rounds)
+        mapped += next(left)
         for notes in NOTES:
             getattr(taken, notes).append(0.1)
         return float(next(seconds))
@@ -107,8 +113,25 @@ def test_warm_rounds_end_with_the_first_that_maps_nothing(monkeypatch: pytest.Mo
     monkeypatch.setattr(taken, "fresh_jit", lambda: 0.0)
     monkeypatch.setattr(rebuild, "used", lambda: Used(mapped, 0.0, 0.0))
     taken.take(rounds=2, jit_rounds=1)
+
+
+def test_warm_rounds_end_with_the_first_that_maps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is held against its own beginning; of the rounds after them every one that maps pages is left out."""
+    taken = taker("mapped", rounds=0)
+    # Two warm rounds too many, one that is warm; of three one is left out.
+    in_rounds(taken, [9000, 9000, 0, 0, 9000, 0], monkeypatch)
     assert taken.seconds["own loop"] == [3.0, 5.0]
-    assert len(taken.drops) == 2
+    assert (len(taken.drops), taken.strays) == (2, 0)
+
+
+def test_rounds_that_map_pages_and_cannot_be_left_out_count_with_their_notes_and_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rebuild, "SPARE_ROUNDS", 1)
+    taken = taker("mapped", rounds=0)
+    in_rounds(taken, [9000, 9000, 9000, 9000, 0], monkeypatch)  # two warm ones, one left out, one that counts
+    assert taken.seconds["own loop"] == [3.0, 4.0]
+    assert (len(taken.drops), taken.strays) == (2, 1)
 
 
 def test_what_has_a_target_has_rounds_enough_to_leave_the_outermost_pair_out() -> None:
@@ -118,6 +141,7 @@ def test_what_has_a_target_has_rounds_enough_to_leave_the_outermost_pair_out() -
         by_state["default"],
         by_state["mapped"],
         full.snapshot_target_rounds,
+        full.snapshot_linear_rounds,
         full.generate_rounds,
         full.scale_rounds,
     ]

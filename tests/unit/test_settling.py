@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,15 +54,30 @@ def test_a_thread_that_falls_asleep_is_waited_for(tmp_path: Path) -> None:
     timer.join()
 
 
-def test_time_in_which_this_process_may_not_run_is_not_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("runs_away", "quiet"),
+    [
+        ({"monotonic"}, True),  # nothing of this process may run
+        ({"process_time"}, True),  # many of its threads do
+        ({"monotonic", "process_time"}, False),
+    ],
+    ids=str,
+)
+def test_both_clocks_must_say_that_the_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_away: set[str], quiet: bool
+) -> None:
     found = threads(tmp_path, one=RUNS)
-    hours = itertools.count(step=3600)
-    stalled = SimpleNamespace(monotonic=lambda: next(hours), thread_time=time.thread_time, sleep=time.sleep)
-    monkeypatch.setattr(settling, "time", stalled)
-    timer = threading.Timer(0.05, lambda: (found / "one" / "stat").write_text(ASLEEP))
-    timer.start()
-    assert settling.wait_for_other_threads(60, found) is True
-    timer.join()
+    looks = itertools.count()
+
+    def sleep(_seconds: float) -> None:
+        if next(looks) == 10:
+            (found / "one" / "stat").write_text(ASLEEP)
+
+    clocks = {name: itertools.count(step=3600 * (name in runs_away)) for name in ("monotonic", "process_time")}
+    monkeypatch.setattr(
+        settling, "time", SimpleNamespace(sleep=sleep, **{name: partial(next, clock) for name, clock in clocks.items()})
+    )
+    assert settling.wait_for_other_threads(60, found) is quiet
 
 
 def test_the_caller_does_not_wait_for_itself(tmp_path: Path) -> None:

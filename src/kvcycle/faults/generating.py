@@ -51,7 +51,7 @@ def a_stall_without_compilation(target: Target) -> Iterator[None]:
         took = time.perf_counter() - began
         if rebuilt:
             rebuilt.clear()
-            time.sleep(11 * slowest)  # the campaign's threshold is ten warm generations
+            time.sleep(11 * slowest)  # the campaign's threshold is at most ten warm generations
         slowest = max(slowest, took)
         return answer
 
