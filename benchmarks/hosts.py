@@ -3,39 +3,36 @@
     python -m benchmarks.hosts --hosts 2 --hosts 4 reports/latest/record.json
 
 Starts so many processes on this machine, real jax.distributed among them. Each tells the first a phase of the record,
-as it does after every phase of a cycle, and they agree, as they do before every drop. Printed are medians, and what
-they are of the phase that was measured: ratios of a run on the same machine, `simulated-on-cpu`.
+as it does after every phase of a cycle, and they agree, as they do before every drop. Printed are medians with their
+90 % intervals, and what they are of the phase that was measured: ratios of a run on the same machine,
+`simulated-on-cpu`.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.measure import load, seconds_of
+from benchmarks.results import QUIET
+from benchmarks.stats import Interval, differences, interval
 from fixtures.places import free_port
 from kvcycle import merge, rendezvous
 from kvcycle import platform as platforms
 from kvcycle.hosts import Hosts
-from kvcycle.record import PHASES, Phase, PhaseName, Record
+from kvcycle.record import Phase, PhaseName, Record
 
 _ROUNDS = 50
+#: Ten times what sixteen hosts took on two cores.
+_LIMIT_S = 300
 #: The largest phase, and the shortest.
 _NAMES: tuple[PhaseName, ...] = ("kv_cache_rebuilt", "flush_cache_before_kv_drop")
 
 
-def _median_s(do: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(_ROUNDS):
-        began = time.perf_counter()
-        do()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+def _ms(found: Interval) -> str:
+    return f"{found.median * 1e3:.2f} ms ({found.low * 1e3:.2f} – {found.high * 1e3:.2f})"
 
 
 def _as_hosts_own(phase: Phase, rank: int) -> Phase:
@@ -50,8 +47,8 @@ def _be_a_host(rank: int, count: int, address: str, record: Record) -> None:
     from kvcycle.internals import SharedStore
 
     hosts = Hosts(rank, count, SharedStore(), name="benchmark")
-    agree_s = _median_s(lambda: hosts.agree("drop"))
-    lines = [f"{count} hosts: an agreement {agree_s * 1e3:.2f} ms"]
+    agrees_s = [seconds_of(lambda: hosts.agree("drop")) for _ in range(_ROUNDS)]
+    lines = [f"{count} hosts: an agreement {_ms(interval(agrees_s))}"]
     for name in _NAMES:
         phase = record.cycles[0].phase(name)
         assert phase is not None
@@ -61,10 +58,10 @@ def _be_a_host(rank: int, count: int, address: str, record: Record) -> None:
             merge.together(hosts, Phase, mine, merge.phase)
             hosts.agree("and so on")  # so that the others do not run ahead of the first, which reads
 
-        gather_s = _median_s(tell) - agree_s
+        gather = interval(differences([seconds_of(tell) for _ in range(_ROUNDS)], agrees_s))
         lines.append(
-            f"  {name}: {len(mine.model_dump_json()):,} bytes from each, a gather {gather_s * 1e3:.2f} ms, "
-            f"{gather_s / phase.seconds:.3f} of the phase's {phase.seconds:.3g} s"
+            f"  {name}: {len(mine.model_dump_json()):,} bytes from each, a gather {_ms(gather)}, "
+            f"{gather.median / phase.seconds:.3f} of the phase's {phase.seconds:.3g} s"
         )
     if rank == 0:
         print("\n".join(lines), flush=True)
@@ -81,16 +78,24 @@ def main() -> None:
     if given.as_host:
         _be_a_host(int(given.as_host[0]), int(given.as_host[1]), given.as_host[2], Record.load(given.record))
         return
-    assert set(_NAMES) <= set(PHASES)
     for count in given.hosts or [2, 4]:
-        address = f"127.0.0.1:{free_port()}"
-        command = [sys.executable, "-m", "benchmarks.hosts", str(given.record)]
-        started = [
-            subprocess.Popen([*command, "--as-host", str(rank), str(count), address], env=os.environ.copy())
-            for rank in range(count)
-        ]
-        if any(process.wait(300) for process in started):
+        with load() as busy:
+            _run_all(count, given.record)
+        if busy.others_share > QUIET:
+            print(f"  NOT A RESULT: others took {busy.others_share:.0%} of the cores meanwhile (limit {QUIET:.0%}).")
+
+
+def _run_all(count: int, record: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "benchmarks.hosts", str(record)]
+    started = [subprocess.Popen([*command, "--as-host", str(rank), str(count), address]) for rank in range(count)]
+    try:
+        if any(process.wait(_LIMIT_S) for process in started):
             sys.exit("A host failed; see above.")
+    finally:
+        for process in started:  # of those that have ended nothing is left to kill
+            process.kill()
+            process.wait()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from benchmarks.one import WHOLE_RUN
 from benchmarks.rebuild import SPARE_ROUNDS
 from benchmarks.results import Report
 from benchmarks.sizes import SIZES
+from tests.unit.records import good_record
 
 Guarded = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -47,3 +49,11 @@ def test_every_kind_of_scenario_runs(guarded: Guarded, tmp_path: Path) -> None:
     assert len(default["new engine, tiny weights ÷ rebuild"].rounds) == sizes.sessions["default"]
     assert len(default["fresh jit per layer ÷ rebuild"].rounds) == sizes.sessions["default"] * sizes.jit_rounds
     assert all(len(point.rounds_s) >= 2 for scenario in report.scenarios for c in scenario.curves for point in c.points)
+
+
+def test_several_hosts_are_measured_with_spread(guarded: Guarded, tmp_path: Path) -> None:
+    good_record().save(tmp_path / "record.json")
+    ended = guarded("-m", "benchmarks.hosts", "--hosts", "2", str(tmp_path / "record.json"))
+    assert ended.returncode == 0, ended.stdout
+    assert re.search(r"^2 hosts: an agreement [\d.]+ ms \([\d.]+ – [\d.]+\)$", ended.stdout, re.MULTILINE), ended.stdout
+    assert len(re.findall(r"bytes from each, a gather -?[\d.]+ ms \(", ended.stdout)) == 2
