@@ -57,11 +57,11 @@ def test_a_thread_that_falls_asleep_is_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("runs_away", "quiet"),
     [
-        ({"monotonic"}, True),  # nothing of this process may run
-        ({"process_time"}, True),  # many of its threads do
+        ({"monotonic"}, True),
+        ({"process_time"}, True),
         ({"monotonic", "process_time"}, False),
     ],
-    ids=str,
+    ids=["nothing of this process may run", "many of its threads run", "both"],
 )
 def test_both_clocks_must_say_that_the_time_is_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_away: set[str], quiet: bool
