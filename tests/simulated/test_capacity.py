@@ -112,11 +112,11 @@ with kvcycle.boot(profile, "cpu") as engine:
     try:
         kv.rebuild()
     except RebuildError as error:
-        print("cause:", type(error.__cause__).__name__, error.__cause__)
+        print(f"cause: {type(error.__cause__).__name__} {error.__cause__}")
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        print("nothing stayed:", [use.ledger_bytes for use in kvcycle.snapshot().devices] == before)
+        print(f"nothing stayed: {[use.ledger_bytes for use in kvcycle.snapshot().devices] == before}")
     kv.rebuild()
-    print("again:", kv.state)
+    print(f"again: {kv.state}")
 """
 
 

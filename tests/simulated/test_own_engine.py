@@ -13,6 +13,7 @@ from kvcycle import checkpoint
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
+# Each print has one text: several are written one by one (python -u), and the engine's log may come in between.
 _USER_SCRIPT = """
 import os
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -30,10 +31,10 @@ ask = dict(prompt="Hello", sampling_params=dict(temperature=0, max_new_tokens=4,
 before = engine.generate(**ask)
 kv = kvcycle.KVCache(engine)
 with kv.released() as freed:
-    print("freed", freed.bytes, freed.buffers, kv.state)
+    print(f"freed {{freed.bytes}} {{freed.buffers}} {{kv.state}}")
 after = engine.generate(**ask)
 assert after["text"] == before["text"], (before, after)
-print("same output", kv.state)
+print(f"same output {{kv.state}}")
 os._exit(0)  # the engine is the user's own, and so is leaving it
 """
 
@@ -54,11 +55,11 @@ with kvcycle.boot(profile, "cpu") as engine:
     try:
         engine.generate(prompt="Hello", sampling_params=dict(temperature=0, max_new_tokens=2))
     except EngineCrashedError as error:
-        print("caught:", error)
+        print(f"caught: {{error}}")
     try:
         kv.drop()
     except EngineCrashedError as error:
-        print("drop:", error)
+        print(f"drop: {{error}}")
 print("left in order")
 """
 
@@ -77,9 +78,9 @@ with kvcycle.boot(profile, "cpu") as engine:
     try:
         engine.generate(prompt="Hello", sampling_params=dict(temperature=0, max_new_tokens=2))
     except EngineCrashedError as error:
-        print("caught:", error)
-    print("replaced:", tokenizer_manager.kill_process_tree is not kill)
-print("given back:", tokenizer_manager.kill_process_tree is kill)
+        print(f"caught: {{error}}")
+    print(f"replaced: {{tokenizer_manager.kill_process_tree is not kill}}")
+print(f"given back: {{tokenizer_manager.kill_process_tree is kill}}")
 """
 
 
