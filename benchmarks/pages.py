@@ -36,10 +36,12 @@ TITLES: dict[PageState, str] = {
 class Region:
     """Memory of its own mapping, without huge pages, since XLA asks for none."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, buffers: int = 1) -> None:
+        """Map it; ``buffers`` is how many equal ones of a KV cache it stands for, each device's share counted."""
         self._map = mmap.mmap(-1, size_bytes)
         self._map.madvise(mmap.MADV_NOHUGEPAGE)
         self._size_bytes = size_bytes
+        self._buffers = buffers
         # By two bytes, as bfloat16: numpy writes them with plain stores.
         self._elements: np.ndarray[tuple[int, ...], np.dtype[np.uint16]] | None = np.frombuffer(self._map, np.uint16)
         self._cores = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
@@ -60,6 +62,13 @@ class Region:
         """Write every byte as the C library does, which on some processors need not read what it overwrites."""
         if self._elements is not None:
             ctypes.memset(self._elements.ctypes.data, 0, self._size_bytes)
+
+    def memset_by_every_core(self) -> None:
+        """The same with a thread on every core, a call for each buffer: the library chooses its stores by the size."""
+        if self._elements is not None:
+            buffers = np.array_split(self._elements, self._buffers)
+            for _ in self._cores.map(lambda one: ctypes.memset(one.ctypes.data, 0, one.nbytes), buffers):
+                pass
 
     def unmap(self) -> None:
         """Give it back to the system."""

@@ -47,7 +47,9 @@ def summary(report: Report) -> str:
             "Not resolved: rounds lie on both sides of the target, or the machine was not quiet; run again"
         )
     if counts["out of reach"]:
-        sentences.append("Out of reach: on this machine all cores together could not do it with plain stores")
+        sentences.append(
+            "Out of reach: on this machine all cores together could not do it, neither by plain stores nor by a memset"
+        )
     return ". ".join(sentences) + "."
 
 

@@ -333,9 +333,17 @@ def test_ones_own_work_is_told_from_the_machines() -> None:
     assert busy - busy_before >= own - own_before - 0.05
 
 
-@pytest.mark.parametrize("fill", [pages.Region.fill, pages.Region.fill_by_every_core, pages.Region.memset])
+@pytest.mark.parametrize(
+    "fill",
+    [
+        pages.Region.fill,
+        pages.Region.fill_by_every_core,
+        pages.Region.memset,
+        pages.Region.memset_by_every_core,
+    ],
+)
 def test_the_limit_writes_every_byte(fill: Callable[[pages.Region], None]) -> None:
-    region = pages.Region(3 * 4096)
+    region = pages.Region(3 * 4096, buffers=5)
     assert region._elements is not None
     region._elements.fill(0xFFFF)
     fill(region)
