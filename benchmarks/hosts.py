@@ -44,7 +44,7 @@ def _as_hosts_own(phase: Phase, rank: int) -> Phase:
 def _be_a_host(rank: int, count: int, address: str, record: Record) -> None:
     platforms.prepare("cpu", 1, count)
     rendezvous.join(rank, count, address, 60)
-    from kvcycle.internals import SharedStore
+    from kvcycle.internals_processes import SharedStore
 
     hosts = Hosts(rank, count, SharedStore(), name="benchmark")
     agrees_s = [seconds_of(lambda: hosts.agree("drop")) for _ in range(_ROUNDS)]

@@ -28,7 +28,7 @@ _POLL_S = 0.5
 
 
 class Store(Protocol):
-    """The key-value store that all hosts share: :class:`kvcycle.internals.SharedStore`."""
+    """The key-value store that all hosts share: :class:`kvcycle.internals_processes.SharedStore`."""
 
     def set(self, key: str, value: str) -> None:
         """Set a key, also one that is set already."""

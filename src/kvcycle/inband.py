@@ -2,7 +2,7 @@
 
 What touches the buffers must not race a forward, and a forward takes them away (donates) and puts new ones back. So it
 is sent to the scheduler as a message, which its dispatcher hands to us on its thread. The private API that this needs,
-seen on sglang-jax 0.1.0rc0 and 0.0.3rc0 (the rest stands in ``internals.py``):
+seen on sglang-jax 0.1.0rc0 and 0.0.3rc0 (the rest stands in ``internals.py`` and ``internals_processes.py``):
 
 - ``scheduler._request_dispatcher._mapping``: (type, handler) pairs, tried in order;
 - ``engine.send_to_rpc``: a socket whose messages the scheduler's loop receives;
@@ -29,7 +29,6 @@ from kvcycle.calls import At, When
 from kvcycle.errors import EngineBusyError, EngineCrashedError
 from kvcycle.hosts import Hosts
 from kvcycle.internals import (
-    SharedStore,
     after_idle_work,
     between_batches,
     is_fully_idle,
@@ -39,6 +38,7 @@ from kvcycle.internals import (
     unfinished_requests,
     warn_if_untested,
 )
+from kvcycle.internals_processes import SharedStore
 
 #: How often a waiting caller looks whether the engine has died meanwhile.
 _POLL_S = 0.25

@@ -22,7 +22,7 @@ import zmq
 from kvcycle.calls import Ask, Way, When, Withdraw, decoded, result_of
 from kvcycle.errors import EngineCrashedError, UnsupportedEngineError
 from kvcycle.inband import channel_of
-from kvcycle.internals import is_served_elsewhere
+from kvcycle.internals_processes import is_served_elsewhere
 
 #: How often a waiting caller looks at its deadline.
 _POLL_S = 0.25

@@ -193,7 +193,7 @@ def watch(rank: int, count: int, store: Store | None = None) -> None:
     if _watcher is not None and _watcher.is_alive():
         return
     if store is None:
-        from kvcycle.internals import SharedStore
+        from kvcycle.internals_processes import SharedStore
 
         store = SharedStore()
     _watcher = threading.Thread(target=Watch(rank, count, store).run, name="kvcycle-hosts", daemon=True)

@@ -15,14 +15,14 @@ from typing import Any
 
 def main() -> None:
     """Start the server; ends when it does."""
-    from kvcycle import http_api, internals, service
+    from kvcycle import http_api, internals, internals_processes, service
     from kvcycle.errors import UnsupportedEngineError
     from kvcycle.occupation import MemoryOccupation
     from kvcycle.remote import Remote
     from kvcycle.server_args import ServerArgs
 
     arguments = ServerArgs.from_cli()
-    stock = internals.http_server()
+    stock = internals_processes.http_server()
     endpoints = http_api.Endpoints(stock)
     try:
         service.check_served(arguments)
@@ -40,7 +40,7 @@ def main() -> None:
         endpoints.serve(occupation)
 
     try:
-        internals.launch_http_server(arguments, connected)
+        internals_processes.launch_http_server(arguments, connected)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

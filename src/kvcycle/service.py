@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import zmq
 
-from kvcycle import compiles, inband, internals
+from kvcycle import compiles, inband, internals, internals_processes
 from kvcycle.calls import Ask, Withdraw, encoded, encoded_error
 from kvcycle.errors import UnsupportedEngineError
 from kvcycle.kv_buffers import Buffers
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 def install() -> None:
     """Serve every Scheduler that this process makes from now on; once is enough."""
-    internals.after_making_schedulers(Service)
+    internals_processes.after_making_schedulers(Service)
 
 
 def check_served(arguments: Any) -> None:
@@ -71,7 +71,7 @@ class Service:
         compiles.total()  # counts from now on: the first generation is the control of every zero after it
         for part in _PARTS.values():
             self._channel.part(part)
-        self._socket = internals.answer_socket(scheduler)
+        self._socket = internals_processes.answer_socket(scheduler)
         self._unanswered: dict[int, inband.Pending] = {}
         self._channel.take(Ask, self._receive)
         self._channel.take(Withdraw, self._withdraw)
