@@ -22,7 +22,8 @@ from fixtures.places import free_port
 from kvcycle import merge, rendezvous
 from kvcycle import platform as platforms
 from kvcycle.hosts import Hosts
-from kvcycle.record import Phase, PhaseName, Record
+from kvcycle.record import Record
+from kvcycle.record_parts import Phase, PhaseName
 
 _ROUNDS = 50
 #: Ten times what sixteen hosts took on two cores.

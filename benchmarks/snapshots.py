@@ -18,7 +18,7 @@ from benchmarks.results import Curve, Figure, Point, Scenario, Target
 from benchmarks.sizes import Sizes
 from benchmarks.stats import ratios
 from kvcycle import memory, platform
-from kvcycle.record import Owner
+from kvcycle.record_parts import Owner
 
 _MS = 1000.0
 #: Arrays that one compiled call makes.

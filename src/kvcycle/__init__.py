@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvcycle.profile import Profile as Profile
     from kvcycle.profile_file import load_profile as load_profile
     from kvcycle.record import Record as Record
-    from kvcycle.record import Verdict as Verdict
+    from kvcycle.record_parts import Verdict as Verdict
     from kvcycle.server_args import ServerArgs as ServerArgs
     from kvcycle.weights import Weights as Weights
 
@@ -52,7 +52,7 @@ _PUBLIC = {
     "RebuildError": "errors",
     "Record": "record",
     "ServerArgs": "server_args",
-    "Verdict": "record",
+    "Verdict": "record_parts",
     "Weights": "weights",
     "boot": "engine",
     "enable_memory_occupation": "occupation",

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvcycle.buffers import BufferSpec, ZeroAllocator
 from kvcycle.memory import MemorySnapshot
-from kvcycle.record import Canary, Witness
+from kvcycle.record_parts import Canary, Witness
 
 
 def release_canaries(

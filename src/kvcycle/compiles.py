@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import jax
 
 from kvcycle import spending
-from kvcycle.record import Compiles
+from kvcycle.record_parts import Compiles
 
 _DURATIONS = {
     "/jax/core/compile/jaxpr_trace_duration": "trace",

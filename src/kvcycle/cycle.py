@@ -28,7 +28,9 @@ from kvcycle.platform import few_objects_to_collect
 from kvcycle.pools import slots_of, weight_arrays
 from kvcycle.predict import predict_by_arithmetic
 from kvcycle.profile import Profile
-from kvcycle.record import (
+from kvcycle.record import Record, now
+from kvcycle.record_info import DropInfo, Params2Info, PhaseInfo, RebuildInfo, WeightsReleasedInfo, WeightsResumedInfo
+from kvcycle.record_parts import (
     KV,
     Boot,
     Canary,
@@ -40,12 +42,9 @@ from kvcycle.record import (
     Params,
     Phase,
     PhaseName,
-    Record,
     SwapInfo,
     When,
-    now,
 )
-from kvcycle.record_info import DropInfo, Params2Info, PhaseInfo, RebuildInfo, WeightsReleasedInfo, WeightsResumedInfo
 from kvcycle.settling import leave_room_for_names, settle
 from kvcycle.sizing import KVPrediction
 from kvcycle.spending import spending

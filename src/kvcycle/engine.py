@@ -16,7 +16,7 @@ from kvcycle import host_memory
 from kvcycle import platform as platforms
 from kvcycle.errors import KVCycleError, PlatformError, ProfileError
 from kvcycle.profile import Platform, Profile
-from kvcycle.record import Boot, Stack
+from kvcycle.record_parts import Boot, Stack
 from kvcycle.spending import spending
 
 if TYPE_CHECKING:

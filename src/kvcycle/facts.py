@@ -11,7 +11,7 @@ from kvcycle import capacity
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet
 from kvcycle.pools import claimed_bytes, pool_facts
-from kvcycle.record import KV, Device, Params
+from kvcycle.record_parts import KV, Device, Params
 from kvcycle.sizing import KVPrediction
 
 

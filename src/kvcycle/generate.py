@@ -9,7 +9,7 @@ from kvcycle import compiles, inband, merge
 from kvcycle.deadline import step_deadline
 from kvcycle.hosts import Hosts
 from kvcycle.profile import Profile
-from kvcycle.record import Generate, When
+from kvcycle.record_parts import Generate, When
 from kvcycle.spending import spending
 
 

@@ -15,7 +15,7 @@ from kvcycle.buffers import BufferSpec, ZeroAllocator, ZeroTester, bytes_by_devi
 from kvcycle.errors import KVCacheDroppedError, KVCacheStateError, RebuildError, UnknownBufferError
 from kvcycle.inband import Channel
 from kvcycle.pools import slots_of, weight_arrays
-from kvcycle.record import Owner
+from kvcycle.record_parts import Owner
 
 State = Literal["resident", "dropped"]
 

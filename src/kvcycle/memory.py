@@ -16,7 +16,7 @@ import jax
 import psutil
 
 from kvcycle.collecting import no_collections
-from kvcycle.record import OWNERS, DeviceUse, Owner
+from kvcycle.record_parts import OWNERS, DeviceUse, Owner
 
 #: Where a shard's buffer is: (device id, address).
 _Place = tuple[int, int]

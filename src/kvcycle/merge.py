@@ -14,18 +14,6 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from kvcycle.hosts import Hosts
-from kvcycle.record import (
-    KV,
-    Boot,
-    Canary,
-    Device,
-    Generate,
-    Params,
-    Phase,
-    Pool,
-    SwapInfo,
-    sum_of,
-)
 from kvcycle.record_info import (
     DropInfo,
     Layout,
@@ -35,6 +23,7 @@ from kvcycle.record_info import (
     WeightsReleasedInfo,
     WeightsResumedInfo,
 )
+from kvcycle.record_parts import KV, Boot, Canary, Device, Generate, Params, Phase, Pool, SwapInfo, sum_of
 
 
 def together[T](

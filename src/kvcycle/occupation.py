@@ -29,7 +29,7 @@ from kvcycle.kv_buffers import Buffers, Freed
 from kvcycle.kv_cache import Mode, check_mode, clear_then
 from kvcycle.memory import MemorySnapshot
 from kvcycle.params import ParamSet
-from kvcycle.record import Compiles
+from kvcycle.record_parts import Compiles
 from kvcycle.remote import way_to
 from kvcycle.text import nearest
 from kvcycle.weights import Holder

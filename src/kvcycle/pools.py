@@ -21,7 +21,7 @@ import jax
 from kvcycle import internals
 from kvcycle.buffers import Attribute, Slot, bytes_by_device, find_slots
 from kvcycle.errors import UnsupportedEngineError
-from kvcycle.record import Pool
+from kvcycle.record_parts import Pool
 
 
 def all_pools(engine: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from rich.console import Console
 from kvcycle.checks import judge, passed
 from kvcycle.command_line import sentences
 from kvcycle.errors import KVCycleError
-from kvcycle.record import Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Verdict
 from kvcycle.report import comparison, files, history, history_page, side_by_side, terminal
 from kvcycle.report.regressions import is_prediction, regressions
 

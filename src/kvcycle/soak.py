@@ -27,7 +27,8 @@ from kvcycle.params import ParamSetMaker, perturbed
 from kvcycle.platform import few_objects_to_collect
 from kvcycle.pools import weight_arrays
 from kvcycle.profile import Profile
-from kvcycle.record import Generate, Owner, Record, Soak, SoakPoint
+from kvcycle.record import Record
+from kvcycle.record_parts import Generate, Owner, Soak, SoakPoint
 from kvcycle.settling import settle
 from kvcycle.sizing import KVPrediction
 from kvcycle.spending import spending

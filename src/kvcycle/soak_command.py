@@ -17,7 +17,8 @@ from kvcycle.checks.soak import MIN_CYCLES, violation
 from kvcycle.command_line import ProfileOption, ReportDirOption, SetOption, sentences, teller
 from kvcycle.profile import Platform, Profile
 from kvcycle.profile_file import load_profile, parse_overrides
-from kvcycle.record import MAX_SOAK_CYCLES, Record
+from kvcycle.record import Record
+from kvcycle.record_parts import MAX_SOAK_CYCLES
 from kvcycle.report import files, terminal
 from kvcycle.report.folder import new_run_dir
 from kvcycle.report.soak import growth_sum, progress_line

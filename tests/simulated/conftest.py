@@ -21,7 +21,7 @@ from kvcycle.faults.campaign import Campaign, Result
 from kvcycle.faults.catalogue import Fault
 from kvcycle.generate import generate_once
 from kvcycle.profile import Profile
-from kvcycle.record import Generate
+from kvcycle.record_parts import Generate
 from kvcycle.report.faults import show_matrix, summary
 from tests.simulated.faulted import controls_of
 

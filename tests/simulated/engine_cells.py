@@ -15,8 +15,8 @@ import kvcycle
 from kvcycle import checkpoint, internals, pools, versions
 from kvcycle.compatibility import ENGINE_RUNS, EngineRun
 from kvcycle.engine import stack
-from kvcycle.record import Verdict
 from kvcycle.record_info import DropInfo
+from kvcycle.record_parts import Verdict
 
 
 def geometry(name: str) -> Path:

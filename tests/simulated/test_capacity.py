@@ -16,7 +16,7 @@ import pytest
 import kvcycle
 from kvcycle import capacity
 from kvcycle.errors import ParamSetError, ProfileError, RebuildError
-from kvcycle.record import Generate
+from kvcycle.record_parts import Generate
 from kvcycle.text import exact_bytes
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

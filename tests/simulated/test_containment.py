@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from kvcycle import checkpoint
 from kvcycle.cli import app
-from kvcycle.record import PHASES, WEIGHTS_PHASES, Record
+from kvcycle.record import Record
+from kvcycle.record_parts import PHASES, WEIGHTS_PHASES
 from tests.simulated.planted import Ended, run_planted
 
 Suite = Callable[..., Ended]

@@ -11,8 +11,9 @@ import kvcycle
 from kvcycle.errors import ParamSetError, RebuildError
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSet
-from kvcycle.record import PHASES, WEIGHTS_PHASES, Record
+from kvcycle.record import Record
 from kvcycle.record_info import Params2Info
+from kvcycle.record_parts import PHASES, WEIGHTS_PHASES
 from kvcycle.settling import leave_room_for_names
 from kvcycle.text import exact_bytes
 

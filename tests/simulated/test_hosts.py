@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from kvcycle.record import PHASES, Record
+from kvcycle.record import Record
+from kvcycle.record_parts import PHASES
 from tests.simulated.planted import run_planted
 
 #: Small: what is proved here does not grow with the cache or the answer.

@@ -17,7 +17,7 @@ from kvcycle import internals, versions
 from kvcycle.buffers import BufferSpec, find_slots
 from kvcycle.errors import KVCacheStateError, RebuildError, UnknownBufferError, UnsupportedEngineError
 from kvcycle.pools import slots_of
-from kvcycle.record import Generate
+from kvcycle.record_parts import Generate
 from kvcycle.sizing import predict_kv
 
 

@@ -25,7 +25,7 @@ from kvcycle.errors import (
 )
 from kvcycle.occupation import TAGS
 from kvcycle.params import perturbed
-from kvcycle.record import Generate
+from kvcycle.record_parts import Generate
 from kvcycle.weights import digests
 from tests.simulated.holding import each_has_two_tokens, held
 

@@ -10,7 +10,7 @@ import pytest
 import kvcycle
 from kvcycle.errors import ParamSetError
 from kvcycle.params import perturbed
-from kvcycle.record import Generate
+from kvcycle.record_parts import Generate
 
 
 def test_a_clone_takes_the_engines_bytes_in_memory_of_its_own(live_engine: Any, kv: kvcycle.KVCache) -> None:

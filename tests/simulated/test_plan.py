@@ -21,7 +21,8 @@ from kvcycle.plan.protocol import Reply
 from kvcycle.plan.topologies import find_topology
 from kvcycle.profile import Profile
 from kvcycle.profile_file import load_profile
-from kvcycle.record import PHASES, Record
+from kvcycle.record import Record
+from kvcycle.record_parts import PHASES
 from tests.simulated.compiler import PLANS, needs_libtpu
 
 RUNNER = CliRunner()

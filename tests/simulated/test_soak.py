@@ -21,7 +21,8 @@ from kvcycle.errors import RebuildError
 from kvcycle.generate import generate_once
 from kvcycle.kv_cache import KVCache
 from kvcycle.params import ParamSetMaker, perturbed
-from kvcycle.record import Generate, Record, Soak
+from kvcycle.record import Record
+from kvcycle.record_parts import Generate, Soak
 from kvcycle.soak import soak_on
 from kvcycle.text import exact_bytes
 

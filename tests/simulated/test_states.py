@@ -18,7 +18,7 @@ import kvcycle
 from kvcycle import inband, internals
 from kvcycle.errors import EngineBusyError, KVCacheDroppedError
 from kvcycle.params import perturbed, swapped
-from kvcycle.record import Generate
+from kvcycle.record_parts import Generate
 from tests.simulated.holding import after_forwards, each_has_two_tokens, held
 
 PROMPTS = ("Hello", "The capital of France is", "One, two, three,")

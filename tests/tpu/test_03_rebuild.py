@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvcycle.record import Verdict
+from kvcycle.record_parts import Verdict
 
 Assert = Callable[[Verdict], None]
 

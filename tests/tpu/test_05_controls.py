@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from fixtures.suite import SuiteRun
-from kvcycle.record import Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Verdict
 
 Assert = Callable[[Verdict], None]
 

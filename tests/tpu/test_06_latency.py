@@ -9,7 +9,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import kvcycle
 from kvcycle.generate import generate_once
 from kvcycle.profile import Profile
-from kvcycle.record import Record, When
+from kvcycle.record import Record
+from kvcycle.record_parts import When
 
 _ROUNDS = 3
 

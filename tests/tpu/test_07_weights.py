@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from kvcycle.profile import Profile
-from kvcycle.record import Verdict
+from kvcycle.record_parts import Verdict
 
 Assert = Callable[[Verdict], None]
 

@@ -12,7 +12,8 @@ import pytest
 
 from kvcycle import hosts
 from kvcycle.hosts import Hosts
-from kvcycle.record import Cycle, Device, Phase, Record
+from kvcycle.record import Record
+from kvcycle.record_parts import Cycle, Device, Phase
 
 
 class DictStore:

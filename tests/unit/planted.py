@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvcycle.checks import CHECKS, SOAK_CHECKS, WEIGHTS_CHECKS
-from kvcycle.record import Compiles, PhaseName, Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Compiles, PhaseName, Verdict
 from tests.unit.records import (
     LAYOUT,
     SLOTS,

@@ -7,7 +7,17 @@ from functools import cache, partial
 from typing import Any
 
 from kvcycle.profile import CycleSpec, EngineArgs, ModelSpec, Profile
-from kvcycle.record import (
+from kvcycle.record import Record
+from kvcycle.record_info import (
+    DropInfo,
+    Layout,
+    Params2Info,
+    PhaseInfo,
+    RebuildInfo,
+    WeightsReleasedInfo,
+    WeightsResumedInfo,
+)
+from kvcycle.record_parts import (
     KV,
     PHASES,
     WEIGHTS_PHASES,
@@ -22,20 +32,10 @@ from kvcycle.record import (
     Phase,
     PhaseName,
     Pool,
-    Record,
     Stack,
     SwapInfo,
     When,
     Witness,
-)
-from kvcycle.record_info import (
-    DropInfo,
-    Layout,
-    Params2Info,
-    PhaseInfo,
-    RebuildInfo,
-    WeightsReleasedInfo,
-    WeightsResumedInfo,
 )
 
 #: Bytes on each device, as the tiny profile has them.

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from kvcycle.checks.soak import WINDOW
-from kvcycle.record import Owner, Record, Soak, SoakPoint
+from kvcycle.record import Record
+from kvcycle.record_parts import Owner, Soak, SoakPoint
 from tests.unit.records import KV_BYTES, OTHER, RSS_BASE, UNOWNED, WEIGHTS, good_record
 
 HELD = WEIGHTS + KV_BYTES + OTHER

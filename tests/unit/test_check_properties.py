@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from kvcycle.checks import CHECKS, WEIGHTS_CHECKS, judge, passed
 from kvcycle.checks.soak import SOAK_CHECKS
 from kvcycle.checks.verdicts import DEVICE_WITNESSES
-from kvcycle.record import OUTCOMES, PHASES, Cycle, DeviceUse, Phase, Record, Verdict, Witness
+from kvcycle.record import Record
+from kvcycle.record_parts import OUTCOMES, PHASES, Cycle, DeviceUse, Phase, Verdict, Witness
 from tests.unit.records import good_record, shift
 
 #: Of weights, a second set of them and the KV cache a v4's device holds as many, and the shift of any.

@@ -10,8 +10,9 @@ from typing import get_args
 import pytest
 
 from kvcycle.checks import CHECKS, judge, passed
-from kvcycle.record import PHASES, Compiles, Phase, PhaseName, Record, Verdict, When
+from kvcycle.record import Record
 from kvcycle.record_info import RebuildInfo
+from kvcycle.record_parts import PHASES, Compiles, Phase, PhaseName, Verdict, When
 from tests.unit.planted import (
     BORROWING,
     DROPPED,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from kvcycle.checks import CHECKS, judge, passed
-from kvcycle.record import Compiles, Record, When
+from kvcycle.record import Record
+from kvcycle.record_parts import Compiles, When
 from tests.unit.planted import (
     OF_CYCLES,
     ON_CPU,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvcycle.checks import judge, passed
-from kvcycle.record import PHASES, Compiles, Record
+from kvcycle.record import Record
+from kvcycle.record_parts import PHASES, Compiles
 from tests.unit.planted import (
     BORROWING,
     DROPPED,

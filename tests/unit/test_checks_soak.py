@@ -10,7 +10,8 @@ import pytest
 
 from kvcycle.checks import CHECKS, SOAK_CHECKS, WEIGHTS_CHECKS, judge, passed
 from kvcycle.checks.soak import MIN_CYCLES, WINDOW, violation
-from kvcycle.record import Compiles, Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Compiles, Verdict
 from tests.unit import planted
 from tests.unit.records import KV_BYTES, RSS_BASE, edit_canary, edit_generates, good_record, with_profile
 from tests.unit.soaks import HELD, edit_points, edit_soak, good_soak, hold, hold_before, set_points, soak_of

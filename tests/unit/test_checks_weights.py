@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from kvcycle.checks import WEIGHTS_CHECKS, judge, passed
-from kvcycle.record import WEIGHTS_PHASES, Compiles, PhaseName, Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import WEIGHTS_PHASES, Compiles, PhaseName, Verdict
 from tests.unit import planted
 from tests.unit.planted import named, only
 from tests.unit.records import (

@@ -10,7 +10,8 @@ from typer.testing import CliRunner, Result
 
 from kvcycle.checks import judge
 from kvcycle.cli import app
-from kvcycle.record import Record, Stack, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Stack, Verdict
 from kvcycle.report.regressions import Regression, changed_checks, other_geometry, regressions
 from tests.unit.records import (
     BORROWED,

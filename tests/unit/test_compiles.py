@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from kvcycle.compiles import Span, counting, difference, total
-from kvcycle.record import Compiles
+from kvcycle.record_parts import Compiles
 
 NONE = Compiles()
 

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from kvcycle.checks import CHECKS
-from kvcycle.record import Evidence, PhaseName
+from kvcycle.record_parts import Evidence, PhaseName
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from kvcycle.errors import (
 )
 from kvcycle.memory import MemorySnapshot
 from kvcycle.occupation import Occupation, OccupationState
-from kvcycle.record import Compiles, DeviceUse
+from kvcycle.record_parts import Compiles, DeviceUse
 
 PATHS = ("/release_memory_occupation", "/resume_memory_occupation", "/get_server_info", "/health_generate")
 FREED = Occupation(("kv_cache",), {0: 5, 2048: 7}, 0, {0: 1, 2048: 1}, (("float32[1]", 2),), retracted=("a",))

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvcycle import memory
 from kvcycle.memory import MemorySnapshot, allocator_bytes, limit_bytes, shards_of, snapshot
-from kvcycle.record import OWNERS, DeviceUse, Owner
+from kvcycle.record_parts import OWNERS, DeviceUse, Owner
 
 MIB = 2**20
 

@@ -10,21 +10,9 @@ from pydantic import TypeAdapter
 
 from kvcycle import merge
 from kvcycle.checks import judge, passed
-from kvcycle.record import (
-    KV,
-    Boot,
-    Canary,
-    Compiles,
-    Device,
-    Generate,
-    Params,
-    Phase,
-    Record,
-    SwapInfo,
-    Verdict,
-    sum_of,
-)
+from kvcycle.record import Record
 from kvcycle.record_info import DropInfo, Params2Info, RebuildInfo, WeightsResumedInfo
+from kvcycle.record_parts import KV, Boot, Canary, Compiles, Device, Generate, Params, Phase, SwapInfo, Verdict, sum_of
 from tests.unit.hosts import no_loss, of_hosts, on_all
 from tests.unit.records import (
     BORROWED,

@@ -20,7 +20,8 @@ from kvcycle.plan.model import ForwardPlan, MaxTokens, PhasePlan, Plan, TokenLim
 from kvcycle.plan.protocol import Reply
 from kvcycle.plan.worker import HELD
 from kvcycle.profile_file import load_profile
-from kvcycle.record import PHASES, Owner, Record
+from kvcycle.record import Record
+from kvcycle.record_parts import PHASES, Owner
 from tests.unit.records import good_record
 
 RUNNER = CliRunner()

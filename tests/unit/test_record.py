@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcycle.errors import RecordError
-from kvcycle.record import (
+from kvcycle.record import Record, now
+from kvcycle.record_parts import (
     OWNERS,
     PHASES,
     Compiles,
@@ -26,11 +27,9 @@ from kvcycle.record import (
     Owner,
     Phase,
     PhaseName,
-    Record,
     Verdict,
     When,
     Witness,
-    now,
 )
 from tests.unit.records import good_record
 

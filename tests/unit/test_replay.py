@@ -12,7 +12,8 @@ from rich.console import Console
 from kvcycle import host_memory, reference, replay
 from kvcycle.errors import ProfileError
 from kvcycle.profile_file import load_profile
-from kvcycle.record import DeviceUse, Record
+from kvcycle.record import Record
+from kvcycle.record_parts import DeviceUse
 from kvcycle.report import side_by_side
 from tests.unit.records import good_record
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from kvcycle.checks import CHECKS
 from kvcycle.faults.campaign import Result, uncovered
 from kvcycle.faults.catalogue import Fault, Target
-from kvcycle.record import Outcome, Verdict
+from kvcycle.record_parts import Outcome, Verdict
 from kvcycle.report.faults import save, show_matrix, summary, why_not
 from kvcycle.report.page.faults import draw
 from kvcycle.report.phases import worst

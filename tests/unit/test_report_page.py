@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from kvcycle.checks import judge
-from kvcycle.record import PHASES, Device, Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import PHASES, Device, Verdict
 from kvcycle.report import page, scopes
 from kvcycle.report.page import curves, memory, tables, verdicts
 from kvcycle.report.page.answers import answers, headline

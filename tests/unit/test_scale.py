@@ -14,10 +14,11 @@ from rich.console import Console
 from benchmarks import gather, scale
 from benchmarks.sizes import SIZES
 from kvcycle.checks import judge
-from kvcycle.record import Phase, Record, Verdict
+from kvcycle.record import Record
 from kvcycle.record_file import MAX_FILE_BYTES
 from kvcycle.record_info import Part
 from kvcycle.record_limits import MAX_VERDICTS
+from kvcycle.record_parts import Phase, Verdict
 from kvcycle.report import junit, markdown, page, terminal
 from kvcycle.report.hosts import hosts_of
 from tests.unit.records import BORROWED, edit_canary, edit_phase, good_record, shift

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvcycle.record import Generate
+from kvcycle.record_parts import Generate
 from kvcycle.soak import compared
 
 WARM = Generate(when="warm", cycle=0, seconds=1.0, token_ids=(3, 1, 4, 1, 5, 9), logprobs=(-1.0, -2.0, -3.0, -4.0))

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kvcycle.checks import judge
-from kvcycle.record import PHASES, WEIGHTS_PHASES, Compiles, Record, Verdict, When
+from kvcycle.record import Record
+from kvcycle.record_parts import PHASES, WEIGHTS_PHASES, Compiles, Verdict, When
 from tests.unit.records import (
     BORROWED,
     DIGESTS,

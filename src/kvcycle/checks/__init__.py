@@ -12,7 +12,8 @@ from kvcycle.checks import controls, generation, memory, rebuild
 from kvcycle.checks.soak import SOAK_CHECKS
 from kvcycle.checks.weights import WEIGHTS_CHECKS
 from kvcycle.collecting import no_collections
-from kvcycle.record import Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Verdict
 
 Check = Callable[[Record], Iterator[Verdict]]
 

@@ -18,7 +18,8 @@ from kvcycle.checks.verdicts import (
     use_of,
     verdict_at,
 )
-from kvcycle.record import Canary, Device, DeviceUse, Outcome, Phase, Record, Verdict, Witness
+from kvcycle.record import Record
+from kvcycle.record_parts import Canary, Device, DeviceUse, Outcome, Phase, Verdict, Witness
 from kvcycle.text import exact_bytes, seconds, signed_bytes
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from kvcycle.checks.controls import compiles_are_counted, output_varies, prefix_hit_is_seen, recompilation_is_seen
 from kvcycle.checks.verdicts import at_most, count, left_out, left_out_prefix, on_which_host, scope, unmeasured
-from kvcycle.record import Generate, Record, Verdict, When
+from kvcycle.record import Record
+from kvcycle.record_parts import Generate, Verdict, When
 from kvcycle.text import seconds
 
 

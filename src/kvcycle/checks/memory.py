@@ -15,8 +15,9 @@ from kvcycle.checks.verdicts import (
     unmeasured,
     use_of,
 )
-from kvcycle.record import DeviceUse, PhaseName, Record, Verdict, Witness
+from kvcycle.record import Record
 from kvcycle.record_info import DropInfo, Params2Info
+from kvcycle.record_parts import DeviceUse, PhaseName, Verdict, Witness
 from kvcycle.text import exact_bytes
 
 

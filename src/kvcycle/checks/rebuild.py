@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from kvcycle.checks.verdicts import count, left_out, scope, unmeasured
-from kvcycle.record import Record, Verdict
+from kvcycle.record import Record
 from kvcycle.record_info import Layout, RebuildInfo
+from kvcycle.record_parts import Verdict
 
 
 def _count_slots(

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvcycle.checks.controls import blindness, compiles_are_counted, output_varies, speaks
 from kvcycle.checks.verdicts import at_most, left_out, on_device, outcome_of, tolerance_bytes, unmeasured
-from kvcycle.record import Owner, Record, Soak, Verdict, Witness
+from kvcycle.record import Record
+from kvcycle.record_parts import Owner, Soak, Verdict, Witness
 from kvcycle.text import exact_bytes, signed_bytes
 
 #: Idle points in a row that must all lie above the highest of as many before the first drop, to be called growth. The

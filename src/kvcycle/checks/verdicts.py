@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
-from kvcycle.record import Compiles, DeviceUse, Outcome, Phase, Record, Verdict, Witness
+from kvcycle.record import Record
+from kvcycle.record_parts import Compiles, DeviceUse, Outcome, Phase, Verdict, Witness
 from kvcycle.text import exact_bytes, signed_bytes
 
 DEVICE_WITNESSES: tuple[Witness, ...] = ("ledger", "allocator")

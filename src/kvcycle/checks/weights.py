@@ -12,8 +12,9 @@ from kvcycle.checks.controls import compiles_are_counted
 from kvcycle.checks.generation import failed_control, output_as_warm
 from kvcycle.checks.memory import device_changes
 from kvcycle.checks.verdicts import count, left_out, on_which_host, scope, unmeasured
-from kvcycle.record import WEIGHTS_PHASES, Cycle, Record, Spans, Verdict
+from kvcycle.record import Record
 from kvcycle.record_info import WeightsReleasedInfo, WeightsResumedInfo
+from kvcycle.record_parts import WEIGHTS_PHASES, Cycle, Spans, Verdict
 
 
 def _concerned(record: Record) -> bool:

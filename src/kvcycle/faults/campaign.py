@@ -21,7 +21,8 @@ from kvcycle.faults.catalogue import FAULTS, Fault, Run, Target
 from kvcycle.faults.witnesses import simulated_allocator
 from kvcycle.kv_cache import KVCache
 from kvcycle.profile import Profile
-from kvcycle.record import Outcome, Record, Verdict, When
+from kvcycle.record import Record
+from kvcycle.record_parts import Outcome, Verdict, When
 from kvcycle.report.phases import by_check, worst
 from kvcycle.soak import soak_on
 from kvcycle.spending import spending

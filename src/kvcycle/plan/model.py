@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvcycle.errors import KVCycleError
-from kvcycle.record import Owner, PhaseName, Record
+from kvcycle.record import Record
 from kvcycle.record_limits import Bytes, Count
+from kvcycle.record_parts import Owner, PhaseName
 
 #: Bytes that may be negative: then so many are missing.
 Headroom = Annotated[int, Field(strict=True)]

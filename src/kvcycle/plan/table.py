@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kvcycle import reference
 from kvcycle.plan.model import ForwardPlan, MaxTokens, PhasePlan, Plan, TokenLimit
-from kvcycle.record import Owner
+from kvcycle.record_parts import Owner
 from kvcycle.report.hosts import of_hosts
 from kvcycle.text import exact_bytes
 

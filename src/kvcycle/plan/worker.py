@@ -18,7 +18,8 @@ from kvcycle.plan.model import ForwardPlan, PhasePlan, Plan, PlanError, peak_rss
 from kvcycle.plan.protocol import Failure, Reply, Request
 from kvcycle.plan.topologies import Topology, find_topology
 from kvcycle.profile import Profile
-from kvcycle.record import KV, PHASES, Cycle, Device, DeviceUse, Owner, Params, Phase, PhaseName, Pool, Record, now
+from kvcycle.record import Record, now
+from kvcycle.record_parts import KV, PHASES, Cycle, Device, DeviceUse, Owner, Params, Phase, PhaseName, Pool
 
 if TYPE_CHECKING:
     from kvcycle.plan.abstract import AbstractEngine

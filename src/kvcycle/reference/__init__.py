@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from kvcycle.record import PHASES, Evidence, PhaseName
+from kvcycle.record_parts import PHASES, Evidence, PhaseName
 
 
 class ReferenceRun(BaseModel):

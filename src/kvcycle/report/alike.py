@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvcycle.record import Verdict
+from kvcycle.record_parts import Verdict
 from kvcycle.report.scopes import describe
 
 #: So many verdicts of a check are told one by one; of more, those that say the same are told together.

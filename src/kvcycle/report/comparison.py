@@ -14,7 +14,8 @@ from rich.text import Text
 
 from kvcycle.checks import passed
 from kvcycle.checks.generation import thresholds_s
-from kvcycle.record import OUTCOMES, PhaseName, Record, Verdict, When
+from kvcycle.record import Record
+from kvcycle.record_parts import OUTCOMES, PhaseName, Verdict, When
 from kvcycle.report.regressions import Regression, changed_checks, geometry, is_prediction, other_geometry
 from kvcycle.report.side_by_side import COMPARED_OWNERS, differences, shared_phases
 from kvcycle.text import exact_bytes, printable, seconds

@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvcycle.record import Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Verdict
 from kvcycle.report import markdown, page
 from kvcycle.report.markdown import FailedTest
 from kvcycle.text import first_line

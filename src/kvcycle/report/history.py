@@ -14,7 +14,8 @@ from rich.text import Text
 
 from kvcycle.checks import judge, passed
 from kvcycle.errors import KVCycleError, RecordError
-from kvcycle.record import PhaseName, Record, When
+from kvcycle.record import Record
+from kvcycle.record_parts import PhaseName, When
 from kvcycle.report.regressions import is_prediction
 from kvcycle.report.soak import sparkline
 from kvcycle.text import nearest, printable

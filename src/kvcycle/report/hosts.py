@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvcycle.record import Outcome, Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Outcome, Verdict
 from kvcycle.report.phases import worst
 from kvcycle.report.scopes import named, parts
 from kvcycle.text import exact_bytes

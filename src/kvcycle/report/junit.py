@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from kvcycle.checks import passed
-from kvcycle.record import OUTCOMES, Evidence, Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import OUTCOMES, Evidence, Verdict
 from kvcycle.text import printable
 
 SUITE_NAME = "kvcycle"

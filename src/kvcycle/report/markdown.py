@@ -9,7 +9,8 @@ from itertools import pairwise
 
 from kvcycle.checks import CHECKS, passed
 from kvcycle.checks.generation import thresholds_s
-from kvcycle.record import OUTCOMES, PhaseName, Record, Soak, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import OUTCOMES, PhaseName, Soak, Verdict
 from kvcycle.report.alike import Told, told
 from kvcycle.report.hosts import count_of_devices, hosts_of, of_hosts
 from kvcycle.report.markup import code, plain

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from kvcycle.record import Outcome, PhaseName, Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Outcome, PhaseName, Verdict
 from kvcycle.report.scopes import parts
 
 #: The phases with an expected change, and the check that judges it.

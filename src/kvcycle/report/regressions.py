@@ -20,7 +20,8 @@ from typing import Any, Literal
 from kvcycle.checks import CHECKS
 from kvcycle.checks.generation import thresholds_s
 from kvcycle.checks.verdicts import tolerance_bytes, use_of
-from kvcycle.record import Outcome, PhaseName, Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Outcome, PhaseName, Verdict
 from kvcycle.report.phases import by_check, worst
 from kvcycle.report.scopes import named
 from kvcycle.report.side_by_side import differences

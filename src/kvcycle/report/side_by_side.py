@@ -9,7 +9,8 @@ from itertools import pairwise
 from rich.console import Console
 from rich.table import Table
 
-from kvcycle.record import OWNERS, Cycle, PhaseName, Record
+from kvcycle.record import Record
+from kvcycle.record_parts import OWNERS, Cycle, PhaseName
 from kvcycle.reference import Reference, ReferenceRun
 
 #: What two runs of one geometry must agree on. "other" is a run's own affair: compiled constants, sampling buffers.

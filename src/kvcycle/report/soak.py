@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvcycle.checks.soak import SOAK_CHECKS, growth_witnesses, in_use, rss_medians
-from kvcycle.record import Record, Soak, Verdict, Witness
+from kvcycle.record import Record
+from kvcycle.record_parts import Soak, Verdict, Witness
 from kvcycle.report.scopes import named
 from kvcycle.text import exact_bytes, seconds
 

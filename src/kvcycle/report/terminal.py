@@ -15,7 +15,8 @@ from rich.text import Text
 
 from kvcycle.checks import passed
 from kvcycle.checks.generation import thresholds_s
-from kvcycle.record import OUTCOMES, Cycle, Record, Verdict, When
+from kvcycle.record import Record
+from kvcycle.record_parts import OUTCOMES, Cycle, Verdict, When
 from kvcycle.report import soak
 from kvcycle.report.alike import told
 from kvcycle.report.hosts import hosts_of, of_hosts

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvcycle.record import Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Verdict
 from kvcycle.report.hosts import hosts_of
 from kvcycle.report.page import answers, curves, latency, memory, tables, verdicts
 from kvcycle.report.page.html import render

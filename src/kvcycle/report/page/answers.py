@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvcycle.checks import passed
-from kvcycle.record import PHASES, Evidence, PhaseName, Record, Verdict
+from kvcycle.record import Record
 from kvcycle.record_info import Params2Info
+from kvcycle.record_parts import PHASES, Evidence, PhaseName, Verdict
 from kvcycle.report.hosts import count_of_devices, of_hosts
 from kvcycle.report.page.verdicts import counts
 from kvcycle.report.phases import expected_changes

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from kvcycle.checks.soak import rss_medians
 from kvcycle.checks.verdicts import tolerance_bytes
-from kvcycle.record import Record, Soak
+from kvcycle.record import Record
+from kvcycle.record_parts import Soak
 from kvcycle.report.scopes import named
 from kvcycle.report.soak import compilations, growth_of, growth_sum
 from kvcycle.text import exact_bytes, seconds, signed_bytes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvcycle.checks import CHECKS
 from kvcycle.faults.campaign import Result
-from kvcycle.record import Evidence
+from kvcycle.record_parts import Evidence
 from kvcycle.report.faults import mark, summary, why_not
 from kvcycle.report.page.answers import EVIDENCE
 from kvcycle.report.page.html import render

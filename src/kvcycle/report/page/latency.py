@@ -6,7 +6,8 @@ import statistics
 from dataclasses import dataclass
 
 from kvcycle.checks.generation import thresholds_s
-from kvcycle.record import Record, When
+from kvcycle.record import Record
+from kvcycle.record_parts import When
 
 _WHEN: tuple[tuple[When, str, str], ...] = (
     ("cold", "cold, the first of all", "slow"),

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kvcycle.record import OWNERS, DeviceUse, Outcome, Owner, PhaseName, Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import OWNERS, DeviceUse, Outcome, Owner, PhaseName, Verdict
 from kvcycle.report.phases import JUDGED, LABELS, expected_changes, worst
 from kvcycle.report.scopes import cells, parts
 from kvcycle.text import exact_bytes, signed_bytes

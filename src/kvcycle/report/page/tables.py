@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvcycle.record import Cycle, Outcome, PhaseName, Record, Verdict
+from kvcycle.record import Record
+from kvcycle.record_parts import Cycle, Outcome, PhaseName, Verdict
 from kvcycle.report.phases import JUDGED, LABELS, by_check, by_cycle, expected_changes, worst
 from kvcycle.report.scopes import named
 

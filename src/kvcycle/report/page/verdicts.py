@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvcycle.checks import CHECKS
-from kvcycle.record import OUTCOMES, Outcome, Verdict
+from kvcycle.record_parts import OUTCOMES, Outcome, Verdict
 from kvcycle.report.alike import alike
 from kvcycle.report.phases import WORST_FIRST, by_check, worst
 from kvcycle.report.scopes import describe
