@@ -122,7 +122,13 @@ class Hosts:
             return [mine]
         turn = self._next_turn()
         self._tell(turn, what, mine)
-        return self._collected(turn, what, timeout_s) if self.is_first else []
+        if not self.is_first:
+            return []
+        try:
+            return self._collected(turn, what, timeout_s)
+        except HostsDisagreeError as error:
+            lose(str(error))
+            raise
 
     def from_first(self, what: str, make: Callable[[], str], timeout_s: float = ANSWER_S) -> str:
         """What ``make()`` returns on the first host, on every host; what it raises there is raised on all.
@@ -169,6 +175,8 @@ class Hosts:
                 refusal = next((_of_host(rank, what, answer) for rank, answer in enumerate(answers) if answer), "")
             except BaseException as failure:
                 self._say(turn, error=failure)
+                if isinstance(failure, HostsDisagreeError):
+                    lose(str(failure))  # not before the others can read why
                 raise
             self._say(turn, refusal)
         else:
@@ -223,11 +231,10 @@ class Hosts:
         for rank in range(self.count):
             theirs, text = json.loads(told[rank])
             if theirs != what:
-                lose(
+                raise HostsDisagreeError(
                     f"Host {rank} is at {theirs!r} while host 0 is at {what!r}: every host must make the same calls in "
                     "the same order."
                 )
-                raise HostsDisagreeError(lost())
             texts.append(text)
         for key in [*self._read_by_then[self._in_call], turn]:
             self._store.delete(key)

@@ -96,6 +96,20 @@ def test_hosts_that_do_not_do_the_same_are_told_so() -> None:
     assert hosts.lost() == sentence
 
 
+def test_who_hears_of_a_disagreement_hears_it_when_the_other_hosts_can_read_why() -> None:
+    store, readable = DictStore(), []
+    forget = hosts.listen(lambda _: readable.append("kvcycle/engine0/callers/0/first" in store.held))
+    on_all(2, lambda host: host.agree(("drop", "rebuild")[host.rank]), store)
+    forget()
+    assert readable == [True]
+
+
+def test_hosts_that_tell_something_else_are_lost() -> None:
+    first, _ = on_all(2, lambda host: host.gather(("bytes", "tokens")[host.rank], "1"))
+    assert type(first) is HostsDisagreeError
+    assert hosts.lost() == str(first)
+
+
 def test_a_host_that_does_not_come_is_named_and_nothing_is_done_from_then_on() -> None:
     host = Hosts(0, 2, DictStore(), name="engine0")
     with pytest.raises(
