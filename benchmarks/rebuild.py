@@ -249,7 +249,8 @@ def _figures(found: list[_Ways], boots: list[float], pages: PageState) -> list[F
     if "own loop" in found[0].seconds:
         loops, target = rounds("own loop"), None
         if pages == "mapped":
-            # What a rebuild could do at best without machine code of its own, on this machine and in this round.
+            # What a rebuild could do at best in this round, without machine code of its own. One memset of all the
+            # memory is faster on some machines, but separate buffers are not one memory.
             fastest = list(map(min, rounds("fill by every core"), rounds("memset by every core")))
             best = ratios(loops, fastest)
             target = Target(sense="at least", limit=1.7, best=best)

@@ -48,7 +48,7 @@ def summary(report: Report) -> str:
         )
     if counts["out of reach"]:
         sentences.append(
-            "Out of reach: on this machine all cores together could not do it, neither by plain stores nor by a memset"
+            "Out of reach: on this machine all cores together could not do it, with plain stores or a memset by buffer"
         )
     return ". ".join(sentences) + "."
 

@@ -221,6 +221,7 @@ class Hosts:
         self._read_by_then[self._in_call].append(f"{turn}/first")
 
     def _collected(self, turn: str, what: str, timeout_s: float) -> list[str]:
+        """What every host told. Who disagrees is not called lost here: the caller may have to tell the others first."""
         assert self._store is not None
         deadline = time.monotonic() + timeout_s
         while missing := set(range(self.count)) - (told := self._told_by_rank(turn)).keys():

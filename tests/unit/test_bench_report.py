@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -351,6 +352,16 @@ def test_the_limit_writes_every_byte(fill: Callable[[pages.Region], None]) -> No
     region.unmap()
     with pytest.raises(ValueError, match="closed"):
         region._map.size()
+
+
+def test_every_buffer_is_a_memset_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call for all of them at once may use other stores, which a rebuild of separate buffers could not."""
+    sizes: list[int] = []
+    monkeypatch.setattr(ctypes, "memset", lambda _address, _value, size: sizes.append(size))
+    region = pages.Region(4 * 4096, buffers=4)
+    region.memset_by_every_core()
+    region.unmap()
+    assert sizes == [4096] * 4
 
 
 def test_the_whole_benchmark_measures_the_geometry_of_the_yardsticks() -> None:
